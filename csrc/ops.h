@@ -1,0 +1,163 @@
+// Every kernel launcher of the extension, both backends: the table of contents.
+//
+// Contract, for all functions here:
+//   - pointers are to contiguous row-major arrays on the backend's device; sizes are in elements and at least 1
+//     (the binding never calls with an empty array); outputs are written in full and alias nothing;
+//   - masks are bytes, non-zero is true; `valid` may be null (all rows valid);
+//   - a null gradient output is one that nobody wants, and is not written; a null incoming gradient is all zeros;
+//   - arguments were checked by the binding; nothing is re-checked here;
+//   - the CUDA overloads enqueue on `stream` and return without synchronising; a failed launch throws;
+//   - no allocation that outlives the call, no globals, no torch headers.
+#pragma once
+
+#include <cstdint>
+
+namespace pywm {
+
+using Stream = void*;  // cudaStream_t, kept opaque so that CPU-only builds need no CUDA headers
+
+// All of [T, N], time-major.
+template <typename S>
+struct GaeArgs {
+  const S *reward, *value, *next_value;
+  const uint8_t *terminated, *truncated, *valid;
+  S *advantage, *returns;
+  int64_t T, N;
+  S discount, lam;
+};
+
+template <typename S>
+struct GaeBackwardArgs {
+  const S *grad_advantage, *grad_returns;
+  const uint8_t *terminated, *truncated, *valid;
+  S *grad_reward, *grad_value, *grad_next_value;
+  int64_t T, N;
+  S discount, lam;
+};
+
+// lam_rows [T, N] stands in for the scalar lam where it is not null.
+template <typename S>
+struct LambdaReturnArgs {
+  const S *reward, *discount, *next_value, *lam_rows;
+  const uint8_t* valid;
+  S* returns;
+  int64_t T, N;
+  S lam;
+};
+
+template <typename S>
+struct LambdaReturnBackwardArgs {
+  const S *grad, *discount, *next_value, *returns, *lam_rows;
+  const uint8_t* valid;
+  S *grad_reward, *grad_discount, *grad_next_value;
+  int64_t T, N;
+  S lam;
+};
+
+// bootstrap [N]
+template <typename S>
+struct DiscountedReturnArgs {
+  const S *reward, *discount, *bootstrap;
+  S* returns;
+  int64_t T, N;
+};
+
+template <typename S>
+struct DiscountedReturnBackwardArgs {
+  const S *grad, *discount, *bootstrap, *returns;
+  S *grad_reward, *grad_discount, *grad_bootstrap;
+  int64_t T, N;
+};
+
+// y [T, N]: the correction target - value, kept for the backward pass.
+template <typename S>
+struct VtraceArgs {
+  const S *log_ratio, *reward, *discount, *value, *next_value;
+  const uint8_t* truncated;
+  S *target, *advantage, *y;
+  int64_t T, N;
+  S lam, rho_clip, c_clip;
+};
+
+template <typename S>
+struct VtraceBackwardArgs {
+  const S *grad_target, *grad_advantage, *log_ratio, *discount, *next_value, *y;
+  const uint8_t* truncated;
+  S *grad_reward, *grad_discount, *grad_value, *grad_next_value;
+  int64_t T, N;
+  S lam, rho_clip, c_clip;
+};
+
+// PPO's clipped objective over M rows; loss, statistics and gradients in one pass. See pywm/ops/ppo_loss.py.
+// Categorical family: logits [M, sum of nvec], action int64 [M, G]; a plain categorical has G = 1.
+// Gaussian: mean [M, A], action [M, A], log_std [A] (shared: log_std_rows = 1) or [M, A] (log_std_rows = M).
+struct PpoLossOptions {
+  double clip, value_clip, value_coef, entropy_coef;  // value_clip < 0: value loss not clipped
+  bool normalize_advantage;
+};
+
+// stats: policy loss, value loss, entropy, clip fraction, approximate KL. loss [1], stats [5].
+template <typename S>
+struct PpoLossCommon {
+  const S *old_log_prob, *advantage, *value, *returns, *old_value;  // [M]; old_value null unless value_clip >= 0
+  const uint8_t* valid;                                             // [M] or null
+  S *loss, *stats, *grad_value;                                     // grad_value [M] or null
+  double* workspace;  // CUDA only: ppo_loss_workspace(M, ...) doubles of scratch
+  int64_t M;
+  PpoLossOptions options;
+};
+
+template <typename S>
+struct PpoLossCategoricalArgs {
+  PpoLossCommon<S> common;
+  const S* logits;
+  const int64_t* action;
+  const int64_t* nvec;  // [G], host memory
+  S* grad_logits;       // or null
+  int64_t G, width;     // width = sum of nvec
+};
+
+template <typename S>
+struct PpoLossGaussianArgs {
+  PpoLossCommon<S> common;
+  const S *mean, *log_std, *action;
+  S *grad_mean, *grad_log_std;  // or null; shapes of mean and log_std
+  int64_t A, log_std_rows;
+};
+
+namespace cpu {
+
+template <typename S> void gae(const GaeArgs<S>&);
+template <typename S> void gae_backward(const GaeBackwardArgs<S>&);
+template <typename S> void lambda_return(const LambdaReturnArgs<S>&);
+template <typename S> void lambda_return_backward(const LambdaReturnBackwardArgs<S>&);
+template <typename S> void discounted_return(const DiscountedReturnArgs<S>&);
+template <typename S> void discounted_return_backward(const DiscountedReturnBackwardArgs<S>&);
+template <typename S> void vtrace(const VtraceArgs<S>&);
+template <typename S> void vtrace_backward(const VtraceBackwardArgs<S>&);
+template <typename S> void ppo_loss_categorical(const PpoLossCategoricalArgs<S>&);
+template <typename S> void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&);
+
+}  // namespace cpu
+
+namespace cuda {
+
+template <typename S> void gae(const GaeArgs<S>&, Stream);
+template <typename S> void gae_backward(const GaeBackwardArgs<S>&, Stream);
+template <typename S> void lambda_return(const LambdaReturnArgs<S>&, Stream);
+template <typename S> void lambda_return_backward(const LambdaReturnBackwardArgs<S>&, Stream);
+template <typename S> void discounted_return(const DiscountedReturnArgs<S>&, Stream);
+template <typename S> void discounted_return_backward(const DiscountedReturnBackwardArgs<S>&, Stream);
+// Categorical families of up to kMaxGroups groups; the binding sends wider ones to the reference.
+constexpr int64_t kMaxGroups = 32;
+template <typename S> void ppo_loss_categorical(const PpoLossCategoricalArgs<S>&, Stream);
+template <typename S> void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&, Stream);
+// Doubles of scratch that a call needs: M rows, `columns` of log_std whose gradient is summed over rows (else 0).
+int64_t ppo_loss_workspace(int64_t M, int64_t columns);
+
+int device_count();
+const char* status();  // why device_count() is 0, or "no error"
+
+}  // namespace cuda
+
+}  // namespace pywm
