@@ -1,0 +1,126 @@
+"""Action distributions: small containers of tensors with log-probability, entropy, sample and mode.
+
+Sampling takes a :class:`torch.Generator`, so a run that saves the generator's state resumes exactly. Categorical samples
+are drawn by inverse CDF from one uniform number a group, as everywhere in pywm.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Categorical", "DiagGaussian", "MultiCategorical"]
+
+
+def _sample_classes(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    cdf = torch.softmax(logits.float(), -1).cumsum(-1)
+    u = torch.rand(logits.shape[:-1] + (1,), generator=generator, device=logits.device)
+    return (cdf <= u * cdf[..., -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    log_prob = torch.log_softmax(logits, -1)
+    prob = log_prob.exp()
+    # A class with probability 0 (logit -inf) adds nothing, rather than 0·(-inf).
+    return -(prob * log_prob.masked_fill(prob == 0, 0)).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Categorical:
+    """One choice among ``A`` classes.
+
+    Attributes:
+        logits: ``[..., A]``, unnormalised; ``-inf`` forbids a class.
+    """
+
+    logits: Tensor
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Return the log-probability, ``[...]``, of integer actions ``[...]``."""
+        log_prob = torch.log_softmax(self.logits, -1)
+        return log_prob.gather(-1, action.long().unsqueeze(-1)).squeeze(-1)
+
+    def entropy(self) -> Tensor:
+        """Return the entropy in nats, ``[...]``."""
+        return _entropy(self.logits)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw an int64 action, ``[...]``."""
+        return _sample_classes(self.logits, generator)
+
+    def mode(self) -> Tensor:
+        """Return the most probable action, int64 ``[...]``."""
+        return self.logits.argmax(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class MultiCategorical:
+    """Several independent choices; log-probabilities and entropies are summed over them.
+
+    Attributes:
+        logits: ``[..., sum(nvec)]``, the groups one after the other.
+        nvec: number of classes of each group.
+    """
+
+    logits: Tensor
+    nvec: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nvec", tuple(int(n) for n in self.nvec))
+
+    def _groups(self) -> list[Categorical]:
+        return [Categorical(x) for x in self.logits.split(self.nvec, -1)]
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Return the log-probability, ``[...]``, of integer actions ``[..., G]``."""
+        parts = [group.log_prob(action[..., g]) for g, group in enumerate(self._groups())]
+        return torch.stack(parts, -1).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """Return the entropy in nats, ``[...]``."""
+        return torch.stack([group.entropy() for group in self._groups()], -1).sum(-1)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw an int64 action, ``[..., G]``."""
+        return torch.stack([group.sample(generator) for group in self._groups()], -1)
+
+    def mode(self) -> Tensor:
+        """Return the most probable action, int64 ``[..., G]``."""
+        return torch.stack([group.mode() for group in self._groups()], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class DiagGaussian:
+    """Independent normal distributions; log-probabilities and entropies are summed over the action's parts.
+
+    Attributes:
+        mean: ``[..., A]``.
+        log_std: ``[A]`` (one for all states) or ``[..., A]``.
+    """
+
+    mean: Tensor
+    log_std: Tensor
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Return the log-density, ``[...]``, of actions ``[..., A]``."""
+        z = (action - self.mean) * torch.exp(-self.log_std)
+        return (-0.5 * z * z - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """Return the differential entropy in nats, ``[...]``."""
+        per_part = self.log_std + 0.5 * math.log(2 * math.pi * math.e)
+        return per_part.expand(self.mean.shape).sum(-1)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw an action, ``[..., A]``; not clipped to any action space."""
+        noise = torch.randn(
+            self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype
+        )
+        return self.mean + self.log_std.exp() * noise
+
+    def mode(self) -> Tensor:
+        """Return the mean, ``[..., A]``."""
+        return self.mean

@@ -1,0 +1,131 @@
+"""The checks of every op, once: what came, what was expected, and the name of the argument.
+
+The eager path does not pass here when all is well: the binding looks at the tensors in C++ and declines what it cannot
+serve. Whatever it declines comes here, where a bad call gets its message and a good one goes on to the dispatcher.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+KERNEL_DTYPES = (torch.float32, torch.float64)
+FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float16, torch.bfloat16)
+MASK_DTYPES = (torch.bool, *FLOAT_DTYPES)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def tensor(function: str, name: str, x: object, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES) -> Tensor:
+    """Check that ``x`` is an ordinary dense tensor of one of ``dtypes``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{function}: {name} is a {type(x).__name__}, but a torch.Tensor was expected")
+    if x.layout is not torch.strided or x.is_quantized or x.is_nested:
+        kind = "quantized" if x.is_quantized else "nested" if x.is_nested else str(x.layout)
+        raise TypeError(f"{function}: {name} is {kind}, but a dense (strided) tensor was expected")
+    if x.device.type == "meta":
+        raise TypeError(f"{function}: {name} is on the meta device and holds no data, but data was expected")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{function}: {name} is {x.dtype}, but one of {_names(dtypes)} was expected")
+    return x
+
+
+def like(function: str, name: str, x: Tensor, first_name: str, first: Tensor) -> None:
+    """Check that ``x`` has the dtype and device of the first argument."""
+    if x.dtype != first.dtype:
+        raise TypeError(f"{function}: {name} is {x.dtype}, but {first_name} is {first.dtype}")
+    same_device(function, name, x, first_name, first)
+
+
+def same_device(function: str, name: str, x: Tensor, first_name: str, first: Tensor) -> None:
+    """Check that ``x`` lies on the device of the first argument."""
+    if x.device != first.device:
+        raise ValueError(f"{function}: {name} is on {x.device}, but {first_name} is on {first.device}")
+
+
+def scan(
+    function: str,
+    floats: dict[str, object],
+    masks: dict[str, object] | None = None,
+    columns: dict[str, object] | None = None,
+) -> tuple[int, int]:
+    """Check the tensors of a reverse scan; the first of ``floats`` sets T, N, dtype and device.
+
+    Args:
+        function: name used in messages.
+        floats: ``[T, N]`` float tensors.
+        masks: ``[T, N]`` bool or float tensors; None is passed over.
+        columns: ``[N]`` float tensors.
+
+    Returns:
+        ``(T, N)``.
+    """
+    first_name, first_object = next(iter(floats.items()))
+    first = tensor(function, first_name, first_object)
+    if first.ndim != 2 or first.shape[0] < 1:
+        raise ValueError(
+            f"{function}: {first_name} is {tuple(first.shape)}, but [T, N] with T >= 1 was expected"
+        )
+    T, N = first.shape
+    for name, x in floats.items():
+        x = tensor(function, name, x)
+        _shape(function, name, x, (T, N), first_name)
+        like(function, name, x, first_name, first)
+    for name, x in (masks or {}).items():
+        if x is not None:
+            x = tensor(function, name, x, MASK_DTYPES)
+            _shape(function, name, x, (T, N), first_name)
+            same_device(function, name, x, first_name, first)
+    for name, x in (columns or {}).items():
+        x = tensor(function, name, x)
+        if tuple(x.shape) != (N,):
+            raise ValueError(
+                f"{function}: {name} is {tuple(x.shape)}, but [N] = {(N,)} was expected, as {first_name} is {(T, N)}"
+            )
+        like(function, name, x, first_name, first)
+    return T, N
+
+
+def _shape(function: str, name: str, x: Tensor, expected: tuple[int, int], first_name: str) -> None:
+    if tuple(x.shape) == expected:
+        return
+    hint = ""
+    if tuple(x.shape) == expected[::-1]:
+        hint = "; it looks transposed: pywm is time-major, [T, N]"
+    raise ValueError(
+        f"{function}: {name} is {tuple(x.shape)}, but {expected} was expected, the shape of {first_name}{hint}"
+    )
+
+
+def number(
+    function: str,
+    name: str,
+    x: object,
+    low: float = 0.0,
+    high: float = math.inf,
+    *,
+    exclusive_low: bool = False,
+) -> float:
+    """Check that ``x`` is a real number in [low, high], or (low, high] with ``exclusive_low``."""
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{function}: {name} is a {type(x).__name__}, but a number was expected")
+    inside = (low < x if exclusive_low else low <= x) and x <= high
+    if not inside or x != x:
+        opening, closing = "(" if exclusive_low else "[", ")" if high == math.inf else "]"
+        raise ValueError(
+            f"{function}: {name} is {x}, but a number in {opening}{low:g}, {high:g}{closing} was expected"
+        )
+    return float(x)
+
+
+def flag(function: str, name: str, x: object) -> bool:
+    """Check that ``x`` is True or False."""
+    if not isinstance(x, bool):
+        raise TypeError(f"{function}: {name} is a {type(x).__name__}, but a bool was expected")
+    return x

@@ -1,0 +1,164 @@
+"""Every op in plain PyTorch: the definition, the fallback and the test oracle.
+
+Written to be read, not to be fast. Differentiable by autograd, any float dtype, any device. Arguments were checked by
+the public functions in ``pywm.ops``. Masks select and never multiply, so NaN behind a mask stays there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pywm.distributions import Categorical, DiagGaussian, MultiCategorical
+
+
+def gae(
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    valid: Tensor | None,
+    discount: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`pywm.ops.gae`."""
+    terminated, done = terminated != 0, (terminated != 0) | (truncated != 0)
+    valid = torch.ones_like(done) if valid is None else valid != 0
+    delta = reward + discount * next_value.masked_fill(terminated, 0) - value
+    advantage = torch.zeros_like(reward[0])
+    advantages = []
+    for t in range(len(reward) - 1, -1, -1):
+        advantage = delta[t] + (discount * lam * advantage).masked_fill(done[t], 0)
+        advantage = advantage.masked_fill(~valid[t], 0)
+        advantages.append(advantage)
+    stacked = torch.stack(advantages).flip(0)
+    return stacked, torch.where(valid, stacked + value, value.detach())
+
+
+def lambda_return(
+    reward: Tensor,
+    discount: Tensor,
+    next_value: Tensor,
+    lam: float | Tensor,
+    valid: Tensor | None,
+) -> Tensor:
+    """See :func:`pywm.ops.lambda_return`."""
+    lam = lam.detach() if isinstance(lam, Tensor) else torch.full_like(reward, lam, requires_grad=False)
+    valid = torch.ones_like(reward, dtype=torch.bool) if valid is None else valid != 0
+    next_return = next_value[-1]
+    returns = []
+    for t in range(len(reward) - 1, -1, -1):
+        if t + 1 < len(reward):
+            next_return = torch.where(valid[t + 1], next_return, next_value[t])
+        mixed = (1 - lam[t]) * next_value[t] + lam[t] * next_return
+        next_return = (reward[t] + discount[t] * mixed).masked_fill(~valid[t], 0)
+        returns.append(next_return)
+    return torch.stack(returns).flip(0)
+
+
+def discounted_return(reward: Tensor, discount: Tensor, bootstrap: Tensor) -> Tensor:
+    """See :func:`pywm.ops.discounted_return`."""
+    next_return = bootstrap
+    returns = []
+    for r, d in zip(reward.flip(0), discount.flip(0), strict=True):
+        next_return = r + d * next_return
+        returns.append(next_return)
+    return torch.stack(returns).flip(0)
+
+
+def vtrace(
+    log_ratio: Tensor,
+    reward: Tensor,
+    discount: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    truncated: Tensor,
+    lam: float,
+    rho_clip: float,
+    c_clip: float,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`pywm.ops.vtrace`."""
+    ratio = log_ratio.detach().exp()
+    rho, c = ratio.clamp(max=rho_clip), lam * ratio.clamp(max=c_clip)
+    truncated = truncated != 0
+    delta = rho * (reward + discount * next_value - value)
+    next_y = torch.zeros_like(reward[0])
+    corrections, advantages = [], []
+    for t in range(len(reward) - 1, -1, -1):
+        next_y = next_y.masked_fill(truncated[t], 0)
+        advantages.append(rho[t] * (reward[t] + discount[t] * (next_value[t] + next_y) - value[t]))
+        next_y = delta[t] + discount[t] * c[t] * next_y
+        corrections.append(next_y)
+    return value + torch.stack(corrections).flip(0), torch.stack(advantages).flip(0)
+
+
+def ppo_loss(
+    dist: Categorical | MultiCategorical | DiagGaussian,
+    action: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    value: Tensor,
+    returns: Tensor,
+    old_value: Tensor | None,
+    valid: Tensor | None,
+    clip: float,
+    value_clip: float | None,
+    value_coef: float,
+    entropy_coef: float,
+    normalize_advantage: bool,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`pywm.ops.ppo_loss`. Returns the loss and the five statistics stacked, ``[5]``."""
+    old_log_prob, advantage, returns = old_log_prob.detach(), advantage.detach(), returns.detach()
+    valid = torch.ones_like(advantage, dtype=torch.bool) if valid is None else valid != 0
+    count = valid.sum()
+
+    def mean(x: Tensor) -> Tensor:
+        return x.masked_fill(~valid, 0).sum() / count.clamp(min=1)
+
+    # An invalid row may hold anything: give it harmless inputs before any arithmetic, so that no NaN reaches a gradient.
+    dist = _select_rows(dist, valid)
+    if isinstance(dist, Categorical):
+        action = action.masked_fill(~valid, 0)
+    else:
+        action = action.masked_fill(~valid.unsqueeze(-1), 0)
+    old_log_prob, advantage, returns, value = (
+        x.masked_fill(~valid, 0) for x in (old_log_prob, advantage, returns, value)
+    )
+
+    if normalize_advantage:
+        centred = advantage - mean(advantage)
+        variance = centred.masked_fill(~valid, 0).square().sum() / (count - 1).clamp(min=1)
+        advantage = torch.where(count >= 2, centred / (variance.sqrt() + 1e-8), advantage)
+    log_ratio = dist.log_prob(action) - old_log_prob
+    ratio = log_ratio.exp()
+    policy_loss = -mean(torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage))
+
+    squared_error = (value - returns).square()
+    if value_clip is not None:
+        assert old_value is not None
+        old_value = old_value.detach().masked_fill(~valid, 0)
+        clipped = old_value + (value - old_value).clamp(-value_clip, value_clip)
+        squared_error = torch.maximum(squared_error, (clipped - returns).square())
+    value_loss = 0.5 * mean(squared_error)
+
+    entropy = mean(dist.entropy())
+    loss = policy_loss + value_coef * value_loss - entropy_coef * entropy
+    clip_fraction = mean(((ratio - 1).abs() > clip).to(ratio.dtype))
+    approx_kl = mean((ratio - 1) - log_ratio)
+    return loss, torch.stack([policy_loss, value_loss, entropy, clip_fraction, approx_kl]).detach()
+
+
+def _select_rows(
+    dist: Categorical | MultiCategorical | DiagGaussian, valid: Tensor
+) -> Categorical | MultiCategorical | DiagGaussian:
+    """Replace the parameters of invalid rows by zeros, which also cuts their gradients."""
+    mask = ~valid.unsqueeze(-1)
+    if isinstance(dist, Categorical):
+        return Categorical(dist.logits.masked_fill(mask, 0))
+    if isinstance(dist, MultiCategorical):
+        return MultiCategorical(dist.logits.masked_fill(mask, 0), dist.nvec)
+    log_std = dist.log_std
+    if log_std.ndim == dist.mean.ndim and dist.mean.ndim > 1:
+        log_std = log_std.masked_fill(mask, 0)
+    return DiagGaussian(dist.mean.masked_fill(mask, 0), log_std)
