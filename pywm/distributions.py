@@ -1,7 +1,7 @@
 """Action distributions: small containers of tensors with log-probability, entropy, sample and mode.
 
 Sampling takes a :class:`torch.Generator`, so a run that saves the generator's state resumes exactly. Categorical samples
-are drawn by inverse CDF from one uniform number a group, as everywhere in pywm.
+are drawn by inverse CDF from one uniform number a group, as everywhere in pywm; ``choose`` takes the noise itself.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from torch import Tensor
 __all__ = ["Categorical", "DiagGaussian", "MultiCategorical"]
 
 
-def _sample_classes(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+def _choose(logits: Tensor, uniform: Tensor) -> Tensor:
     cdf = torch.softmax(logits.float(), -1).cumsum(-1)
-    u = torch.rand(logits.shape[:-1] + (1,), generator=generator, device=logits.device)
-    return (cdf <= u * cdf[..., -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
+    return (cdf <= uniform.unsqueeze(-1) * cdf[..., -1:]).sum(-1).clamp_(max=logits.shape[-1] - 1)
 
 
 def _entropy(logits: Tensor) -> Tensor:
@@ -49,7 +48,12 @@ class Categorical:
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw an int64 action, ``[...]``."""
-        return _sample_classes(self.logits, generator)
+        shape, device = self.logits.shape[:-1], self.logits.device
+        return self.choose(torch.rand(shape, generator=generator, device=device))
+
+    def choose(self, noise: Tensor) -> Tensor:
+        """Return the int64 action, ``[...]``, that uniform numbers ``[...]`` in [0, 1) pick by inverse CDF."""
+        return _choose(self.logits, noise)
 
     def mode(self) -> Tensor:
         """Return the most probable action, int64 ``[...]``."""
@@ -85,7 +89,13 @@ class MultiCategorical:
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw an int64 action, ``[..., G]``."""
-        return torch.stack([group.sample(generator) for group in self._groups()], -1)
+        shape = (*self.logits.shape[:-1], len(self.nvec))
+        return self.choose(torch.rand(shape, generator=generator, device=self.logits.device))
+
+    def choose(self, noise: Tensor) -> Tensor:
+        """Return the int64 action, ``[..., G]``, that uniform numbers ``[..., G]`` in [0, 1) pick by inverse CDF."""
+        groups = zip(self._groups(), noise.unbind(-1), strict=True)
+        return torch.stack([group.choose(u) for group, u in groups], -1)
 
     def mode(self) -> Tensor:
         """Return the most probable action, int64 ``[..., G]``."""
@@ -116,9 +126,13 @@ class DiagGaussian:
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw an action, ``[..., A]``; not clipped to any action space."""
-        noise = torch.randn(
-            self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype
+        mean = self.mean
+        return self.choose(
+            torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         )
+
+    def choose(self, noise: Tensor) -> Tensor:
+        """Return the action, ``[..., A]``, that standard normal numbers ``[..., A]`` pick."""
         return self.mean + self.log_std.exp() * noise
 
     def mode(self) -> Tensor:
