@@ -1,0 +1,1 @@
+"""What every algorithm's training uses: runs, checkpoints, logs, evaluation and reports."""
