@@ -55,7 +55,8 @@ class RunLock:
             owner = self._owner()
             os.close(self._descriptor)
             raise UserError(
-                f"run directory {folder} is in use by {owner}; wait for it, stop it, or choose another --run-dir"
+                f"run directory {folder} is in use by {owner}; "
+                "wait for it, stop it, or choose another --run-dir"
             ) from error
         note = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         # The note is a courtesy: a full disk must not stop a resume.

@@ -23,15 +23,12 @@ A training loop uses it like this; the order inside the iteration is what makes 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import logging
 import os
-import re
 import shlex
-import shutil
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -43,9 +40,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pywm import config as configs
 from pywm.errors import CheckpointError, NumericalError, UserError
-from pywm.training import checkpoint, machine
+from pywm.training import checkpoint, directory
 from pywm.training.checkpoint import Loaded
 from pywm.training.evaluate import Evaluation, evaluate
 from pywm.training.lock import RunLock
@@ -59,32 +55,20 @@ from pywm.training.log import (
     WandbSink,
     open_screen,
     plain_number,
-    read_metrics,
 )
 from pywm.types import State
 
-__all__ = ["NullRun", "Run", "RunOptions", "assert_finite", "find_run", "read_run"]
+__all__ = ["NullRun", "Run", "RunOptions", "assert_finite"]
 
 log = logging.getLogger(__name__)
 
-CONFIG_FORMAT = 1
 # Parts that hold the world's data, which may be what it likes; weights and statistics may not.
 _UNCHECKED_PARTS = ("env", "rng", "replay", "run")
-_OWN_FILES = (
-    "config.json",
-    "command.txt",
-    "env.json",
-    "metrics.jsonl",
-    "log.txt",
-    "checkpoints",
-    "videos",
-    "tb",
-)
 
 
 @dataclasses.dataclass
 class RunOptions:
-    """How a run is kept, shown and resumed; nothing here changes what is learned, except ``checkpoint_every``.
+    """How a run is kept, shown and resumed; only ``checkpoint_every`` can change what is learned.
 
     Attributes:
         run_dir: the run's directory; by default runs/<env>/<algo>/<seed>-<time>.
@@ -148,7 +132,7 @@ def assert_finite(tensors: Mapping[str, Tensor], *, env_steps: int) -> None:
             kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinite"
             raise NumericalError(
                 f"{name!r} became {kind} at {env_steps:,} env steps "
-                f"({int(bad.sum())} of {tensor.numel()} values); it is the first bad tensor. Training stopped."
+                f"({int(bad.sum())} of {tensor.numel()} values), the first tensor to do so. Training stopped."
             )
 
 
@@ -233,6 +217,7 @@ class Run:
         resume_command: str,
         sinks: Iterable[Sink],
         lock: RunLock,
+        file_log: _FileLog,
     ):
         self.dir = folder
         self.options = options
@@ -256,12 +241,12 @@ class Run:
         self._evals = _Every(options.eval_every, start)
         self._logs = _Every(options.log_every, start)
         self._metrics = JsonlWriter(folder / "metrics.jsonl", rows=int(about.get("metrics_rows", 0)))
-        self._elapsed_before = _last_time(folder / "metrics.jsonl")
+        self._elapsed_before = directory.last_time(folder / "metrics.jsonl")
         self._clock = _PhaseClock()
         self._status = Status(title, str(folder), total_steps, start)
         self._last_row = (time.perf_counter(), start, dict[str, float]())
         self._screen: Screen = NoScreen()
-        self._file_log = _FileLog(folder / "log.txt")
+        self._file_log = file_log
 
     @classmethod
     def open(
@@ -281,7 +266,9 @@ class Run:
 
         Args:
             options: where and how.
-            algo, env, seed: what is trained; together they name the directory.
+            algo: name of the algorithm.
+            env: id or name of the environment.
+            seed: with the two above it names the directory.
             config: the algorithm's configuration as JSON (:func:`pywm.config.to_json`).
             total_steps: ``env_steps`` at which training ends; for the progress display.
             may_change: fields of ``config`` that may differ from those the run began with.
@@ -300,16 +287,21 @@ class Run:
         for name in ("checkpoint_every", "keep_last"):
             if getattr(options, name) < 1:
                 raise UserError(f"Run.open: {name} is {getattr(options, name)}, but expected 1 or more")
-        folder = _folder(options, algo, env, seed)
+        folder = directory.choose(options, algo, env, seed)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = RunLock(folder)
         except OSError as error:
             raise UserError(f"cannot use the run directory {folder}: {error}") from error
+        file_log: _FileLog | None = None
         try:
-            about = {"format": CONFIG_FORMAT, "algo": algo, "env": env, "seed": seed, "config": config}
-            resumed = _prepare(folder, options, about, may_change)
-            _describe(folder, about, command)
+            about = {"format": directory.FORMAT, "algo": algo, "env": env, "seed": seed, "config": config}
+            about["run"] = {name: getattr(options, name) for name in directory.KEPT_OPTIONS}
+            if options.fresh:
+                directory.move_aside(folder)
+            file_log = _FileLog(folder / "log.txt")
+            resumed = directory.prepare(folder, options, about, may_change)
+            directory.describe(folder, about, command)
             step = resumed.step if resumed else 0
             name = f"{algo}-{env}-{folder.name}"
             sinks: list[Sink] = []
@@ -332,12 +324,14 @@ class Run:
                 resume_command=resume_command,
                 sinks=sinks,
                 lock=lock,
+                file_log=file_log,
             )
-        except OSError as error:
+        except BaseException as error:
+            if file_log is not None:
+                file_log.detach()
             lock.release()
-            raise UserError(f"cannot use the run directory {folder}: {error}") from error
-        except BaseException:
-            lock.release()
+            if isinstance(error, OSError) and not isinstance(error, UserError):
+                raise UserError(f"cannot use the run directory {folder}: {error}") from error
             raise
         where = f"resumed at {run.resumed.step:,} env steps" if run.resumed else "started"
         log.info("%s: %s", folder, where)
@@ -404,7 +398,7 @@ class Run:
         return self._checkpoints.due(env_steps)
 
     def save(self, env_steps: int, state: State, *, score: float | None = None) -> Path | None:
-        """Write a checkpoint of everything the training needs, with the random generators and the log position.
+        """Write a checkpoint, with the random generators and the position in the log.
 
         Args:
             env_steps: where the training stands; saving the same step again does nothing.
@@ -509,7 +503,6 @@ class Run:
 
     def __enter__(self) -> Run:
         self._screen = open_screen(self.options.progress)
-        self._file_log.attach()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._on_signal)
@@ -643,8 +636,6 @@ class _FileLog(logging.Handler):
         super().__init__(logging.INFO)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in detach()
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-
-    def attach(self) -> None:
         logger = logging.getLogger("pywm")
         logger.addHandler(self)
         if logger.getEffectiveLevel() > logging.INFO:
@@ -652,10 +643,8 @@ class _FileLog(logging.Handler):
 
     def detach(self) -> None:
         logging.getLogger("pywm").removeHandler(self)
-        try:
+        with contextlib.suppress(OSError):
             self._file.close()
-        except OSError:
-            pass
 
     def emit(self, record: logging.LogRecord) -> None:
         self._write(self.format(record))
@@ -664,156 +653,10 @@ class _FileLog(logging.Handler):
         self._write("".join(traceback.format_exception(error)).rstrip())
 
     def _write(self, text: str) -> None:
-        try:
+        with contextlib.suppress(OSError, ValueError):
             self._file.write(text + "\n")
             self._file.flush()
-        except (OSError, ValueError):
-            pass
 
 
 # Evaluations see the same starts all through training; far from the seeds people give to training.
 _EVAL_SEED = 1_000_003
-
-
-def find_run(runs: Path | str, *, algo: str, env: str, seed: int) -> Path | None:
-    """Return the newest run of an environment, algorithm and seed, or None."""
-    parent = Path(runs) / _safe(env) / _safe(algo)
-    found = sorted(parent.glob(f"{seed}-*"), key=lambda path: path.name)
-    found = [path for path in found if path.is_dir()]
-    return found[-1] if found else None
-
-
-def read_run(folder: Path | str) -> dict[str, Any]:
-    """Read a run's ``config.json``: a dict with ``algo``, ``env``, ``seed`` and ``config``.
-
-    Raises:
-        CheckpointError: ``folder`` is not a run directory.
-    """
-    folder = Path(folder)
-    if folder.is_file():
-        raise CheckpointError(
-            f"{folder}: refused, expected a run directory; pywm reads only its own safetensors and JSON "
-            "(a .pt or pickle file can hold code)"
-        )
-    path = folder / "config.json"
-    try:
-        about = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a run directory: it has no config.json") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    expected = {"algo": str, "env": str, "seed": int, "config": dict}
-    if not isinstance(about, dict) or any(not isinstance(about.get(k), t) for k, t in expected.items()):
-        raise CheckpointError(f"{path}: expected an object with {', '.join(expected)}")
-    return about
-
-
-def _safe(name: str) -> str:
-    """Make one path component of a name: ``ALE/Pong-v5`` becomes ``ALE-Pong-v5``."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "env"
-
-
-def _folder(options: RunOptions, algo: str, env: str, seed: int) -> Path:
-    if options.run_dir is not None:
-        return Path(options.run_dir)
-    if options.resume:
-        found = find_run(options.runs, algo=algo, env=env, seed=seed)
-        if found is None:
-            raise UserError(
-                f"resume: no run of {algo} on {env} with seed {seed} below {options.runs}/; "
-                "leave --resume out to start one, or name it with --run-dir"
-            )
-        return found
-    parent = Path(options.runs) / _safe(env) / _safe(algo)
-    stamp = f"{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for attempt in range(1, 1000):
-        folder = parent / (stamp if attempt == 1 else f"{stamp}-{attempt:03d}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"cannot create the run directory {folder}: {error}") from error
-        return folder
-    raise UserError(f"cannot find a free name for a run directory in {parent}")
-
-
-def _prepare(
-    folder: Path, options: RunOptions, about: dict[str, Any], may_change: Collection[str]
-) -> Loaded | None:
-    """Bring the directory into the state that the options ask for; return the checkpoint to go on from."""
-    checkpoints = folder / "checkpoints"
-    checkpoint.clean(checkpoints)
-    if options.fresh:
-        _move_aside(folder)
-        return None
-    if not options.resume:
-        steps = _steps_of(folder)
-        if steps:
-            raise UserError(
-                f"{folder} already has step {steps}: add --resume to go on or --fresh to start over"
-            )
-        return None
-    if not checkpoint.list_checkpoints(checkpoints):
-        log.warning("%s has no checkpoint yet; starting from the beginning", folder)
-        return None
-    # Before the checkpoint: when the configuration does not fit, its tensors would only puzzle.
-    if (folder / "config.json").exists():
-        old = read_run(folder)
-        for key in ("algo", "env", "seed"):
-            if old[key] != about[key]:
-                raise UserError(
-                    f"resume: {folder} is a run of {key} {old[key]!r}, but {about[key]!r} was asked for"
-                )
-        changes = configs.check_resume(old["config"], about["config"], may_change)
-        if changes:
-            log.warning("resume with other settings:\n%s", configs.table(changes))
-    try:
-        loaded = checkpoint.load(checkpoints)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}\nStart over with --fresh (what is there is kept aside).") from error
-    checkpoint.quarantine(loaded.skipped)
-    return loaded
-
-
-def _steps_of(folder: Path) -> int:
-    steps = [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(folder / "checkpoints")]
-    metrics = folder / "metrics.jsonl"
-    if metrics.exists():
-        steps += [
-            row["env_steps"] for row in read_metrics(metrics)[-1:] if isinstance(row.get("env_steps"), int)
-        ]
-    return max(steps, default=0)
-
-
-def _move_aside(folder: Path) -> None:
-    present = [folder / name for name in _OWN_FILES if (folder / name).exists()]
-    if not present:
-        return
-    number = 1
-    while (folder / f"previous-{number}").exists():
-        number += 1
-    aside = folder / f"previous-{number}"
-    aside.mkdir()
-    for path in present:
-        shutil.move(path, aside / path.name)
-    log.warning("what was in %s is now in %s", folder, aside)
-
-
-def _describe(folder: Path, about: dict[str, Any], command: str | None) -> None:
-    _write_json(folder / "config.json", about)
-    _write_json(folder / "env.json", machine.facts())
-    with open(folder / "command.txt", "a", encoding="utf-8") as file:
-        file.write((command or f"# from Python: {Path(sys.argv[0]).name}") + "\n")
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
-    os.replace(temporary, path)
-
-
-def _last_time(metrics: Path) -> float:
-    rows = read_metrics(metrics)
-    value = rows[-1].get("time/total") if rows else None
-    return float(value) if isinstance(value, (int, float)) else 0.0
