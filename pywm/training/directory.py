@@ -80,6 +80,7 @@ def _safe(name: str) -> str:
 
 
 def choose(options: RunOptions, algo: str, env: str, seed: int) -> Path:
+    """Return the run's directory: the one asked for, the newest to resume, or a new one."""
     if options.run_dir is not None:
         return Path(options.run_dir)
     if options.resume:
@@ -151,6 +152,7 @@ def _steps_of(folder: Path) -> int:
 
 
 def move_aside(folder: Path) -> None:
+    """Move an earlier run out of the way, into ``previous-<n>`` of the same directory."""
     present = [folder / name for name in _OWN_FILES if (folder / name).exists()]
     if not present:
         return
@@ -165,6 +167,7 @@ def move_aside(folder: Path) -> None:
 
 
 def describe(folder: Path, about: dict[str, Any], command: str | None) -> None:
+    """Write down what is trained, on what machine, and how it was called."""
     _write_json(folder / "config.json", about)
     _write_json(folder / "env.json", machine.facts())
     with open(folder / "command.txt", "a", encoding="utf-8") as file:
@@ -178,6 +181,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def last_time(metrics: Path) -> float:
+    """Return the seconds that earlier processes of the run have spent."""
     rows = read_metrics(metrics)
     value = rows[-1].get("time/total") if rows else None
     return float(value) if isinstance(value, (int, float)) else 0.0
