@@ -157,6 +157,8 @@ int64_t ppo_loss_workspace(int64_t M, int64_t columns);
 
 int device_count();
 const char* status();  // why device_count() is 0, or "no error"
+int current_device();
+void set_device(int device);
 
 }  // namespace cuda
 

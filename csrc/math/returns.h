@@ -16,10 +16,15 @@ PYWM_HD S gae_delta(S reward, S value, S next_value, bool terminated, S discount
   return reward + (terminated ? S(0) : discount * next_value) - value;
 }
 
-// What the next row's advantage is multiplied with. A row that is not valid takes nothing and passes nothing on.
+// What the next row's advantage is multiplied with, for compositions of rows; gae_step selects instead.
 template <typename S>
 PYWM_HD S gae_decay(bool terminated, bool truncated, S discount_lam) {
   return (terminated || truncated) ? S(0) : discount_lam;
+}
+
+template <typename S>
+PYWM_HD S gae_step(S delta, S next_advantage, bool terminated, bool truncated, S discount_lam) {
+  return delta + ((terminated || truncated) ? S(0) : discount_lam * next_advantage);
 }
 
 template <typename S>

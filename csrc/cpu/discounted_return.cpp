@@ -1,0 +1,74 @@
+// Discounted returns on the CPU. See pywm/ops/discounted_return.py for the definition.
+
+#include "../math/returns.h"
+#include "kernels.h"
+#include "rows.h"
+
+namespace pywm::cpu::PYWM_ISA {
+namespace {
+
+template <typename S>
+void forward(const DiscountedReturnArgs<S>& a, int64_t begin, int64_t end) {
+  const bool stream = a.T * a.N * int64_t(3 * sizeof(S)) > kStreamBytes;
+  OutRow<S> returns_out(a.returns, stream);
+  alignas(64) S carry[kBlock];
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t n = end - first < kBlock ? end - first : kBlock;
+    for (int64_t i = 0; i < n; ++i) carry[i] = a.bootstrap[first + i];
+    for (int64_t t = a.T - 1; t >= 0; --t) {
+      const int64_t row = t * a.N + first;
+      const S* __restrict reward = a.reward + row;
+      const S* __restrict discount = a.discount + row;
+      S* __restrict returns = returns_out.row(row);
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) {
+        carry[i] = math::discounted_return_step(reward[i], discount[i], carry[i]);
+        returns[i] = carry[i];
+      }
+      returns_out.done(row, n);
+    }
+  }
+  if (stream) stream_fence();
+}
+
+template <typename S>
+void backward(const DiscountedReturnBackwardArgs<S>& a, int64_t begin, int64_t end) {
+  const bool stream = a.T * a.N * int64_t(5 * sizeof(S)) > kStreamBytes;
+  OutRow<S> reward_out(a.grad_reward, stream), discount_out(a.grad_discount, stream);
+  alignas(64) S carry[kBlock];
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t n = end - first < kBlock ? end - first : kBlock;
+    fill(carry, n, S(0));
+    for (int64_t t = 0; t < a.T; ++t) {
+      const int64_t row = t * a.N + first;
+      const S* __restrict grad = a.grad + row;
+      const S* __restrict discount = a.discount + row;
+      const S* __restrict next_return = t == a.T - 1 ? a.bootstrap + first : a.returns + row + a.N;
+      S* __restrict grad_reward = reward_out.row(row);
+      S* __restrict grad_discount = discount_out.row(row);
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) {
+        const S total = grad[i] + carry[i];
+        carry[i] = discount[i] * total;
+        grad_reward[i] = total;
+        grad_discount[i] = total * next_return[i];
+      }
+      reward_out.done(row, n);
+      discount_out.done(row, n);
+    }
+    if (a.grad_bootstrap)
+      for (int64_t i = 0; i < n; ++i) a.grad_bootstrap[first + i] = carry[i];
+  }
+  if (stream) stream_fence();
+}
+
+}  // namespace
+
+void fill_discounted_return(Kernels& table) {
+  table.f32.discounted_return = forward<float>;
+  table.f64.discounted_return = forward<double>;
+  table.f32.discounted_return_backward = backward<float>;
+  table.f64.discounted_return_backward = backward<double>;
+}
+
+}  // namespace pywm::cpu::PYWM_ISA

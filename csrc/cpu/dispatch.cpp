@@ -1,0 +1,229 @@
+// Chooses the instruction set once, and spreads each kernel over torch's threads.
+
+#include <cmath>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace pywm::cpu {
+
+namespace baseline {
+const Kernels& table();
+}
+#if defined(PYWM_X86_ISAS)
+namespace x86_64_v3 {
+const Kernels& table();
+}
+namespace x86_64_v4 {
+const Kernels& table();
+}
+namespace x86_64_v4_bf16 {
+const Kernels& table();
+}
+#endif
+
+namespace {
+
+struct Isa {
+  const char* name;
+  const Kernels& (*table)();
+  bool (*supported)();
+};
+
+#if defined(PYWM_X86_ISAS)
+// Feature by feature: a level name says nothing on a machine that hides one of its features.
+bool has_v3() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") &&
+         __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("x86-64-v3");
+}
+bool has_v4() {
+  return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+bool has_v4_bf16() { return has_v4() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+// Best last.
+const Isa kIsas[] = {
+    {"baseline", baseline::table, [] { return true; }},
+#if defined(PYWM_X86_ISAS)
+    {"x86_64_v3", x86_64_v3::table, has_v3},
+    {"x86_64_v4", x86_64_v4::table, has_v4},
+    {"x86_64_v4_bf16", x86_64_v4_bf16::table, has_v4_bf16},
+#endif
+};
+
+const Kernels& choose() {
+  const char* wanted = std::getenv("PYWM_CPU_ISA");
+  const Isa* best = nullptr;
+  for (const Isa& isa : kIsas) {
+    if (wanted && *wanted && std::string(wanted) == isa.name) {
+      if (!isa.supported())
+        throw std::invalid_argument(std::string("PYWM_CPU_ISA is ") + wanted +
+                                    ", but this processor lacks it; it has: " + available_isas());
+      return isa.table();
+    }
+    if (isa.supported()) best = &isa;
+  }
+  if (wanted && *wanted)
+    throw std::invalid_argument(std::string("PYWM_CPU_ISA is ") + wanted +
+                                ", but one of these was expected: " + available_isas());
+  return best->table();
+}
+
+// Columns are cut at multiples of a cache line of floats.
+constexpr int64_t kColumnStep = 16;
+
+template <typename Args>
+void over_columns(void (*kernel)(const Args&, int64_t, int64_t), const Args& args) {
+  struct Call {
+    void (*kernel)(const Args&, int64_t, int64_t);
+    const Args* args;
+  } call{kernel, &args};
+  parallel_for(args.N, kColumnStep, args.T * args.N, &call, [](void* context, int64_t begin, int64_t end) {
+    const Call& c = *static_cast<Call*>(context);
+    c.kernel(*c.args, begin, end);
+  });
+}
+
+constexpr int64_t kRowBlock = 512;   // rows that one partial sum covers, whatever the number of threads
+constexpr int64_t kWorkPerRow = 32;  // a row of a loss costs about as much as this many elements of a scan
+
+template <typename S>
+PpoMoments moments(const PpoLossCommon<S>& a) {
+  double count = 0, sum = 0, squares = 0;
+  for (int64_t m = 0; m < a.M; ++m)
+    if (!a.valid || a.valid[m]) {
+      count += 1;
+      sum += a.advantage[m];
+    }
+  PpoMoments result{0, 1, count > 0 ? 1 / count : 0};
+  if (!a.options.normalize_advantage || count < 2) return result;
+  result.mean = sum / count;
+  for (int64_t m = 0; m < a.M; ++m)
+    if (!a.valid || a.valid[m]) {
+      const double centred = a.advantage[m] - result.mean;
+      squares += centred * centred;
+    }
+  result.scale = 1 / (std::sqrt(squares / (count - 1)) + 1e-8);
+  return result;
+}
+
+// run(begin, end, sums, columns): `columns` doubles for the block, zeroed.
+template <typename S, typename Run>
+void ppo_loss(const PpoLossCommon<S>& a, int64_t columns, S* column_sums, const Run& run) {
+  const PpoMoments m = moments(a);
+  const int64_t blocks = (a.M + kRowBlock - 1) / kRowBlock;
+  std::vector<PpoSums> sums(blocks);
+  std::vector<double> partial(blocks * columns, 0.0);
+  struct Call {
+    const Run& run;
+    const PpoMoments& m;
+    PpoSums* sums;
+    double* partial;
+    int64_t columns, M;
+  } call{run, m, sums.data(), partial.data(), columns, a.M};
+  parallel_for(blocks, 1, a.M * kWorkPerRow, &call, [](void* context, int64_t first, int64_t last) {
+    const Call& c = *static_cast<Call*>(context);
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t end = (b + 1) * kRowBlock < c.M ? (b + 1) * kRowBlock : c.M;
+      c.run(c.m, b * kRowBlock, end, c.sums[b], c.columns ? c.partial + b * c.columns : nullptr);
+    }
+  });
+  PpoSums total;
+  for (const PpoSums& s : sums) {
+    total.policy += s.policy;
+    total.value += s.value;
+    total.entropy += s.entropy;
+    total.clipped += s.clipped;
+    total.kl += s.kl;
+    if (total.bad_row < 0) total.bad_row = s.bad_row;
+  }
+  if (total.bad_row >= 0)
+    throw std::out_of_range("ppo_loss: action in row " + std::to_string(total.bad_row) +
+                            " is not a class, but 0 <= action < number of classes was expected");
+  for (int64_t j = 0; j < columns; ++j) {
+    double s = 0;
+    for (int64_t b = 0; b < blocks; ++b) s += partial[b * columns + j];
+    column_sums[j] = S(s);
+  }
+  const double n = m.inverse_count;
+  const PpoLossOptions& o = a.options;
+  a.loss[0] = S(n * (total.policy + o.value_coef * total.value - o.entropy_coef * total.entropy));
+  a.stats[0] = S(n * total.policy);
+  a.stats[1] = S(n * total.value);
+  a.stats[2] = S(n * total.entropy);
+  a.stats[3] = S(n * total.clipped);
+  a.stats[4] = S(n * total.kl);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+const char* available_isas() {
+  static const std::string names = [] {
+    std::string list;
+    for (const Isa& isa : kIsas)
+      if (isa.supported()) list += (list.empty() ? "" : " ") + std::string(isa.name);
+    return list;
+  }();
+  return names.c_str();
+}
+
+template <typename S> void gae(const GaeArgs<S>& a) { over_columns(of<S>(kernels()).gae, a); }
+template <typename S> void gae_backward(const GaeBackwardArgs<S>& a) { over_columns(of<S>(kernels()).gae_backward, a); }
+template <typename S> void lambda_return(const LambdaReturnArgs<S>& a) {
+  over_columns(of<S>(kernels()).lambda_return, a);
+}
+template <typename S> void lambda_return_backward(const LambdaReturnBackwardArgs<S>& a) {
+  over_columns(of<S>(kernels()).lambda_return_backward, a);
+}
+template <typename S> void discounted_return(const DiscountedReturnArgs<S>& a) {
+  over_columns(of<S>(kernels()).discounted_return, a);
+}
+template <typename S> void discounted_return_backward(const DiscountedReturnBackwardArgs<S>& a) {
+  over_columns(of<S>(kernels()).discounted_return_backward, a);
+}
+template <typename S> void vtrace(const VtraceArgs<S>& a) { over_columns(of<S>(kernels()).vtrace, a); }
+template <typename S> void vtrace_backward(const VtraceBackwardArgs<S>& a) {
+  over_columns(of<S>(kernels()).vtrace_backward, a);
+}
+template <typename S> void ppo_loss_categorical(const PpoLossCategoricalArgs<S>& a) {
+  ppo_loss<S>(a.common, 0, nullptr, [&](const PpoMoments& m, int64_t begin, int64_t end, PpoSums& sums, double*) {
+    of<S>(kernels()).ppo_loss_categorical(a, m, begin, end, sums);
+  });
+}
+template <typename S> void ppo_loss_gaussian(const PpoLossGaussianArgs<S>& a) {
+  const bool summed = a.grad_log_std && a.log_std_rows == 1;
+  ppo_loss<S>(a.common, summed ? a.A : 0, a.grad_log_std,
+              [&](const PpoMoments& m, int64_t begin, int64_t end, PpoSums& sums, double* columns) {
+                of<S>(kernels()).ppo_loss_gaussian(a, m, begin, end, sums, columns);
+              });
+}
+
+#define PYWM_INSTANTIATE(S)                                                        \
+  template void gae(const GaeArgs<S>&);                                            \
+  template void gae_backward(const GaeBackwardArgs<S>&);                           \
+  template void lambda_return(const LambdaReturnArgs<S>&);                         \
+  template void lambda_return_backward(const LambdaReturnBackwardArgs<S>&);        \
+  template void discounted_return(const DiscountedReturnArgs<S>&);                 \
+  template void discounted_return_backward(const DiscountedReturnBackwardArgs<S>&); \
+  template void vtrace(const VtraceArgs<S>&);                                      \
+  template void vtrace_backward(const VtraceBackwardArgs<S>&);                     \
+  template void ppo_loss_categorical(const PpoLossCategoricalArgs<S>&);            \
+  template void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&);
+PYWM_INSTANTIATE(float)
+PYWM_INSTANTIATE(double)
+
+}  // namespace pywm::cpu

@@ -1,0 +1,161 @@
+// Generalised advantage estimation on the CPU. See pywm/ops/gae.py for the definition.
+//
+// Wide arrays: time is serial, columns are not; the inner loop over a block of columns vectorises. Narrow ones (few
+// environments, long rollouts) would leave the vector units idle: there everything that does not depend on the
+// recursion is computed for many rows at once, and only one multiply-add a row stays in the chain.
+
+#include "../math/returns.h"
+#include "kernels.h"
+#include "rows.h"
+
+namespace pywm::cpu::PYWM_ISA {
+namespace {
+
+constexpr int64_t kNarrow = 8;
+
+template <typename S, bool kMasked>
+void wide(const GaeArgs<S>& a, int64_t begin, int64_t end) {
+  const S discount = a.discount, discount_lam = a.discount * a.lam;
+  const bool stream = a.T * a.N * int64_t(5 * sizeof(S) + 2) > kStreamBytes;
+  OutRow<S> advantage_out(a.advantage, stream), returns_out(a.returns, stream);
+  alignas(64) S carry[kBlock];
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t n = end - first < kBlock ? end - first : kBlock;
+    fill(carry, n, S(0));
+    for (int64_t t = a.T - 1; t >= 0; --t) {
+      const int64_t row = t * a.N + first;
+      const S* __restrict reward = a.reward + row;
+      const S* __restrict value = a.value + row;
+      const S* __restrict next_value = a.next_value + row;
+      const uint8_t* __restrict terminated = a.terminated + row;
+      const uint8_t* __restrict truncated = a.truncated + row;
+      const uint8_t* __restrict valid = kMasked ? a.valid + row : nullptr;
+      S* __restrict advantage = advantage_out.row(row);
+      S* __restrict returns = returns_out.row(row);
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) {
+        const S delta = math::gae_delta(reward[i], value[i], next_value[i], terminated[i] != 0, discount);
+        S x = math::gae_step(delta, carry[i], terminated[i] != 0, truncated[i] != 0, discount_lam);
+        S y = x + value[i];
+        if constexpr (kMasked) {
+          x = valid[i] ? x : S(0);
+          y = valid[i] ? y : value[i];
+        }
+        carry[i] = x;
+        advantage[i] = x;
+        returns[i] = y;
+      }
+      advantage_out.done(row, n);
+      returns_out.done(row, n);
+    }
+  }
+  if (stream) stream_fence();
+}
+
+template <typename S, bool kMasked>
+void narrow(const GaeArgs<S>& a) {
+  constexpr int64_t kFlat = 2048;
+  const S discount = a.discount, discount_lam = a.discount * a.lam;
+  const int64_t N = a.N, rows = kFlat / N;
+  alignas(64) S delta[kFlat], decay[kFlat];
+  S carry[kNarrow] = {};
+  for (int64_t end = a.T; end > 0; end -= rows) {
+    const int64_t t0 = end > rows ? end - rows : 0, base = t0 * N, n = (end - t0) * N;
+    const S* __restrict reward = a.reward + base;
+    const S* __restrict value = a.value + base;
+    const S* __restrict next_value = a.next_value + base;
+    const uint8_t* __restrict terminated = a.terminated + base;
+    const uint8_t* __restrict truncated = a.truncated + base;
+    const uint8_t* __restrict valid = kMasked ? a.valid + base : nullptr;
+    S* __restrict advantage = a.advantage + base;
+    S* __restrict returns = a.returns + base;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      S x = math::gae_delta(reward[i], value[i], next_value[i], terminated[i] != 0, discount);
+      S k = math::gae_decay(terminated[i] != 0, truncated[i] != 0, discount_lam);
+      if constexpr (kMasked) {
+        x = valid[i] ? x : S(0);
+        k = valid[i] ? k : S(0);
+      }
+      delta[i] = x;
+      decay[i] = k;
+    }
+    for (int64_t column = 0; column < N; ++column) {
+      S x = carry[column];
+      for (int64_t i = n - N + column; i >= 0; i -= N) {
+        // A rare, well predicted branch: a select would lengthen the chain, and 0·NaN must not leak across an end.
+        if (__builtin_expect(decay[i] == S(0), 0))
+          x = delta[i];
+        else
+          x = delta[i] + decay[i] * x;
+        advantage[i] = x;
+      }
+      carry[column] = x;
+    }
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      const S y = advantage[i] + value[i];
+      returns[i] = (!kMasked || valid[i]) ? y : value[i];
+    }
+  }
+}
+
+template <typename S, bool kMasked>
+void backward(const GaeBackwardArgs<S>& a, int64_t begin, int64_t end) {
+  const S discount = a.discount, discount_lam = a.discount * a.lam;
+  const bool stream = a.T * a.N * int64_t(5 * sizeof(S) + 2) > kStreamBytes;
+  const InRow<S> grad_advantage_in(a.grad_advantage), grad_returns_in(a.grad_returns);
+  OutRow<S> reward_out(a.grad_reward, stream), value_out(a.grad_value, stream), next_out(a.grad_next_value, stream);
+  alignas(64) S carry[kBlock];
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t n = end - first < kBlock ? end - first : kBlock;
+    fill(carry, n, S(0));
+    for (int64_t t = 0; t < a.T; ++t) {
+      const int64_t row = t * a.N + first;
+      const S* __restrict grad_advantage = grad_advantage_in.row(row);
+      const S* __restrict grad_returns = grad_returns_in.row(row);
+      const uint8_t* __restrict terminated = a.terminated + row;
+      const uint8_t* __restrict truncated = a.truncated + row;
+      const uint8_t* __restrict valid = kMasked ? a.valid + row : nullptr;
+      S* __restrict grad_reward = reward_out.row(row);
+      S* __restrict grad_value = value_out.row(row);
+      S* __restrict grad_next_value = next_out.row(row);
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) {
+        const auto g =
+            math::gae_grad(grad_advantage[i], grad_returns[i], carry[i], terminated[i] != 0, truncated[i] != 0,
+                           !kMasked || valid[i] != 0, discount, discount_lam);
+        carry[i] = g.carry;
+        grad_reward[i] = g.reward;
+        grad_value[i] = g.value;
+        grad_next_value[i] = g.next_value;
+      }
+      reward_out.done(row, n);
+      value_out.done(row, n);
+      next_out.done(row, n);
+    }
+  }
+  if (stream) stream_fence();
+}
+
+template <typename S>
+void gae_range(const GaeArgs<S>& a, int64_t begin, int64_t end) {
+  if (a.N < kNarrow) return a.valid ? narrow<S, true>(a) : narrow<S, false>(a);
+  a.valid ? wide<S, true>(a, begin, end) : wide<S, false>(a, begin, end);
+}
+
+template <typename S>
+void gae_backward_range(const GaeBackwardArgs<S>& a, int64_t begin, int64_t end) {
+  a.valid ? backward<S, true>(a, begin, end) : backward<S, false>(a, begin, end);
+}
+
+}  // namespace
+
+void fill_gae(Kernels& table) {
+  table.f32.gae = gae_range<float>;
+  table.f64.gae = gae_range<double>;
+  table.f32.gae_backward = gae_backward_range<float>;
+  table.f64.gae_backward = gae_backward_range<double>;
+}
+
+}  // namespace pywm::cpu::PYWM_ISA

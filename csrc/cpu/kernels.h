@@ -1,0 +1,62 @@
+// The table of CPU kernels that dispatch.cpp chooses once at load. Every kernel source is compiled once for each
+// instruction set, inside the namespace PYWM_ISA, and works on a range of independent items: columns of a scan, rows of
+// a loss. Kernel sources include nothing that emits shared inline functions (no <vector>, <algorithm>, <string>):
+// the linker would be free to keep the copy compiled for the larger instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "../ops.h"
+
+namespace pywm::cpu {
+
+// Sums that every range of rows of a PPO loss contributes.
+struct PpoSums {
+  double policy = 0, value = 0, entropy = 0, clipped = 0, kl = 0;
+  int64_t bad_row = -1;  // the first row whose action is not a class
+};
+
+// What the loss needs to know of all rows before it looks at one.
+struct PpoMoments {
+  double mean, scale;  // advantages are used as (advantage - mean)·scale
+  double inverse_count;
+};
+
+template <typename S>
+struct KernelsOf {
+  void (*gae)(const GaeArgs<S>&, int64_t begin, int64_t end);
+  void (*gae_backward)(const GaeBackwardArgs<S>&, int64_t begin, int64_t end);
+  void (*lambda_return)(const LambdaReturnArgs<S>&, int64_t begin, int64_t end);
+  void (*lambda_return_backward)(const LambdaReturnBackwardArgs<S>&, int64_t begin, int64_t end);
+  void (*discounted_return)(const DiscountedReturnArgs<S>&, int64_t begin, int64_t end);
+  void (*discounted_return_backward)(const DiscountedReturnBackwardArgs<S>&, int64_t begin, int64_t end);
+  void (*vtrace)(const VtraceArgs<S>&, int64_t begin, int64_t end);
+  void (*vtrace_backward)(const VtraceBackwardArgs<S>&, int64_t begin, int64_t end);
+  void (*ppo_loss_categorical)(const PpoLossCategoricalArgs<S>&, const PpoMoments&, int64_t begin, int64_t end,
+                               PpoSums&);
+  // shared_grad_log_std [A] is added to; null unless log_std is shared by all rows and its gradient wanted.
+  void (*ppo_loss_gaussian)(const PpoLossGaussianArgs<S>&, const PpoMoments&, int64_t begin, int64_t end, PpoSums&,
+                            double* shared_grad_log_std);
+};
+
+struct Kernels {
+  const char* name;
+  KernelsOf<float> f32;
+  KernelsOf<double> f64;
+};
+
+template <typename S>
+const KernelsOf<S>& of(const Kernels& kernels);
+template <>
+inline const KernelsOf<float>& of(const Kernels& kernels) {
+  return kernels.f32;
+}
+template <>
+inline const KernelsOf<double>& of(const Kernels& kernels) {
+  return kernels.f64;
+}
+
+const Kernels& kernels();       // chosen at load; PYWM_CPU_ISA overrides; an unusable name throws
+const char* available_isas();   // space-separated names that this machine can run
+
+}  // namespace pywm::cpu

@@ -1,0 +1,95 @@
+// torch's CPU wheels bring a libgomp. A module linked with -fopenmp may get a second copy with a second pool, which
+// fights the first for the cores and ignores torch.set_num_threads. So its entry points are looked up in the process
+// instead; where there are none (conda's libiomp, macOS), everything runs in the calling thread.
+
+#include "parallel.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <type_traits>
+
+namespace pywm::cpu {
+namespace {
+
+// Below this many elements a fork and join (1 to 2 µs, more on a busy machine) costs more than it saves.
+constexpr int64_t kParallelWork = 32768;
+
+std::atomic<bool> g_forked{false};
+
+struct OpenMP {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+  int (*thread_num)() = nullptr;
+  int (*num_threads)() = nullptr;
+  int (*max_threads)() = nullptr;
+  int (*in_parallel)() = nullptr;
+
+  OpenMP() {
+    void* handle = RTLD_DEFAULT;
+    if (!dlsym(handle, "GOMP_parallel")) {
+      handle = dlopen("libgomp.so.1", RTLD_NOLOAD | RTLD_NOW);
+      if (!handle) return;
+    }
+    const auto find = [handle](auto& slot, const char* name) {
+      slot = reinterpret_cast<std::remove_reference_t<decltype(slot)>>(dlsym(handle, name));
+      return slot != nullptr;
+    };
+    if (!(find(thread_num, "omp_get_thread_num") && find(num_threads, "omp_get_num_threads") &&
+          find(max_threads, "omp_get_max_threads") && find(in_parallel, "omp_in_parallel") &&
+          find(parallel, "GOMP_parallel")))
+      parallel = nullptr;
+    // libgomp's workers do not survive a fork, and waiting for them would hang: a child works alone.
+    pthread_atfork(nullptr, nullptr, [] { g_forked.store(true, std::memory_order_relaxed); });
+  }
+};
+
+const OpenMP& openmp() {
+  static const OpenMP instance;
+  return instance;
+}
+
+struct Job {
+  int64_t n, chunk;
+  void* context;
+  RangeFn fn;
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
+};
+
+// The region may get fewer threads than were asked for: each takes every num_threads-th piece.
+void run_region(void* pointer) {
+  Job& job = *static_cast<Job*>(pointer);
+  const int64_t stride = openmp().num_threads();
+  for (int64_t begin = openmp().thread_num() * job.chunk; begin < job.n; begin += stride * job.chunk) {
+    try {
+      job.fn(job.context, begin, std::min(job.n, begin + job.chunk));
+    } catch (...) {
+      if (!job.failed.exchange(true)) job.error = std::current_exception();
+    }
+  }
+}
+
+}  // namespace
+
+int num_threads() {
+  const OpenMP& omp = openmp();
+  if (!omp.parallel || g_forked.load(std::memory_order_relaxed) || omp.in_parallel()) return 1;
+  return std::max(1, omp.max_threads());
+}
+
+void parallel_for(int64_t n, int64_t step, int64_t work, void* context, RangeFn fn) {
+  const int64_t pieces = (n + step - 1) / step;
+  const int64_t threads = work < kParallelWork ? 1 : std::min<int64_t>({num_threads(), pieces, work / (kParallelWork / 2)});
+  if (threads <= 1) {
+    fn(context, 0, n);
+    return;
+  }
+  Job job{n, (pieces + threads - 1) / threads * step, context, fn, {}, nullptr};
+  openmp().parallel(run_region, &job, static_cast<unsigned>(threads), 0);
+  if (job.error) std::rethrow_exception(job.error);
+}
+
+}  // namespace pywm::cpu

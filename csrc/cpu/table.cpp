@@ -1,0 +1,30 @@
+// One table of kernels for the instruction set this file is compiled for.
+
+#include "kernels.h"
+
+#define PYWM_STRING_(x) #x
+#define PYWM_STRING(x) PYWM_STRING_(x)
+
+namespace pywm::cpu::PYWM_ISA {
+
+void fill_gae(Kernels&);
+void fill_lambda_return(Kernels&);
+void fill_discounted_return(Kernels&);
+void fill_vtrace(Kernels&);
+void fill_ppo_loss(Kernels&);
+
+const Kernels& table() {
+  static Kernels filled = [] {
+    Kernels kernels{};
+    kernels.name = PYWM_STRING(PYWM_ISA);
+    fill_gae(kernels);
+    fill_lambda_return(kernels);
+    fill_discounted_return(kernels);
+    fill_vtrace(kernels);
+    fill_ppo_loss(kernels);
+    return kernels;
+  }();
+  return filled;
+}
+
+}  // namespace pywm::cpu::PYWM_ISA

@@ -1,0 +1,155 @@
+"""The only module that touches ``pywm._C``: whether it is there, what it serves, and why not."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pywm._version import __version__
+from pywm.ops._check import FLOAT_DTYPES, KERNEL_DTYPES
+
+REINSTALL = "pip install --force-reinstall --no-deps pywm"
+
+_C: ModuleType | None = None
+why_not: str = ""
+"""Why there are no compiled kernels, in one line with the command that mends it; empty when there are."""
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """Import the compiled module; on any failure say why, for the references can take over."""
+    if importlib.util.find_spec("pywm._C") is None:
+        return None, f"no compiled module in this installation; get one with: {_install_hint()}"
+    try:
+        from pywm import _C as module
+    except ImportError as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return None, f"the compiled module does not load ({reason}); mend it with: {REINSTALL}"
+    except Exception as error:  # a setting the module refuses, such as an unknown PYWM_CPU_ISA, is the user's to mend
+        raise type(error)(f"pywm: {error}") from None
+    found = getattr(module, "__version__", None)
+    if found != __version__:
+        return None, f"the compiled module is of version {found}, the package of {__version__}; mend it with: {REINSTALL}"
+    return module, ""
+
+
+def _install_hint() -> str:
+    foreign = [p.name for p in Path(__file__).parents[1].glob("_C.*") if p.suffix in (".so", ".pyd")]
+    if foreign:
+        wanted = sysconfig.get_config_var("EXT_SUFFIX")
+        return f"{REINSTALL} (found {', '.join(foreign)}, but this Python loads _C{wanted})"
+    return f"a C++ compiler and {REINSTALL} (and without PYWM_NO_EXT)"
+
+
+_C, why_not = _load()
+_disabled = False
+
+
+def module() -> Any:
+    """Return the compiled module; call only after :func:`has_backend` said yes."""
+    assert _C is not None, why_not
+    return _C
+
+
+def has_backend(device_type: str) -> bool:
+    """Whether this build has kernels for ``"cpu"`` or ``"cuda"``."""
+    if _C is None or _disabled:
+        return False
+    return device_type == "cpu" or (device_type == "cuda" and bool(_C.has_cuda))
+
+
+def supports(x: Tensor) -> bool:
+    """Whether this build has kernels for the device and dtype of ``x``."""
+    return x.dtype in KERNEL_DTYPES and has_backend(x.device.type)
+
+
+def entry(name: str) -> Callable[..., Any]:
+    """Return the fast entry of op ``name``: it serves the call or returns None."""
+    if _C is None:
+        return lambda *arguments: None
+    kernel: Callable[..., Any] = getattr(_C, name)
+    return kernel
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Run the references inside the ``with`` block, on this process; for tests and comparisons."""
+    global _disabled
+    before, _disabled = _disabled, True
+    try:
+        yield
+    finally:
+        _disabled = before
+
+
+def is_disabled() -> bool:
+    """Whether :func:`disabled` is in force."""
+    return _disabled
+
+
+def calls() -> dict[str, tuple[int, int]]:
+    """How often each compiled kernel ran in this process: name -> (CPU, CUDA)."""
+    return dict(_C.calls()) if _C is not None else {}
+
+
+class Backend(NamedTuple):
+    """Which implementation serves a tensor, and why.
+
+    Attributes:
+        name: ``"cpu"`` or ``"cuda"`` for compiled kernels, ``"reference"`` for plain PyTorch.
+        why: one line: the instruction set and threads, or what is missing and how to mend it.
+    """
+
+    name: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.why}"
+
+
+def backend(x: Tensor | None = None) -> Backend | dict[str, Backend]:
+    """Tell which implementation serves a tensor, or what every device would get, and why.
+
+    Args:
+        x: a tensor as it would be passed to an op; None asks for a summary by device.
+
+    Returns:
+        A :class:`Backend`, or a dict from ``"cpu"`` and ``"cuda"`` to one.
+
+    Raises:
+        TypeError: ``x`` is not a tensor.
+    """
+    if x is None:
+        return {device: _of_device(device) for device in ("cpu", "cuda")}
+    if not isinstance(x, Tensor):
+        raise TypeError(f"backend: x is a {type(x).__name__}, but a torch.Tensor or None was expected")
+    if x.dtype not in FLOAT_DTYPES or x.layout is not torch.strided or x.device.type == "meta":
+        return Backend("none", f"ops take dense float tensors, not {x.dtype} {x.layout} on {x.device.type}")
+    if x.dtype not in KERNEL_DTYPES:
+        return Backend("reference", f"no kernels for {x.dtype}; float32 and float64 have them")
+    return _of_device(x.device.type)
+
+
+def _of_device(device: str) -> Backend:
+    if _C is None:
+        return Backend("reference", why_not)
+    if _disabled:
+        return Backend("reference", "compiled kernels are disabled in this block")
+    if device == "cpu":
+        threads = _C.num_threads()
+        return Backend("cpu", f"compiled kernels, {_C.cpu_isa()}, {threads} thread{'s' if threads != 1 else ''}")
+    if device != "cuda":
+        return Backend("reference", f"no kernels for {device} devices")
+    if not _C.has_cuda:
+        return Backend("reference", f"built without CUDA kernels: {_C.cuda_reason}")
+    if not torch.cuda.is_available():
+        return Backend("reference", f"CUDA kernels are built, but torch sees no GPU ({_C.cuda_status()})")
+    return Backend("cuda", f"compiled kernels, {_C.cuda_reason}")
