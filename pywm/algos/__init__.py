@@ -57,7 +57,9 @@ def load(
     device: str = "cpu",
     render_mode: str | None = None,
 ) -> tuple[Any, Any]:
-    """Load the agent of a run, and an environment like the one it was trained in::
+    """Load the agent of a run, and an environment like the one it was trained in.
+
+    ::
 
         agent, env = pywm.load("runs/CartPole-v1/ppo/0-20261122-120000")
         obs, state = env.reset(seed=0), None

@@ -43,7 +43,7 @@ from torch import Tensor
 from pywm.errors import CheckpointError, NumericalError, UserError
 from pywm.training import checkpoint, directory
 from pywm.training.checkpoint import Loaded
-from pywm.training.evaluate import Evaluation, evaluate
+from pywm.training.evaluate import EVAL_SEED, Evaluation, evaluate
 from pywm.training.lock import RunLock
 from pywm.training.log import (
     JsonlWriter,
@@ -383,7 +383,7 @@ class Run:
         with self.phase("eval"):
             try:
                 result = evaluate(
-                    agent, envs, episodes=self.options.eval_episodes, seed=_EVAL_SEED, frames=frames
+                    agent, envs, episodes=self.options.eval_episodes, seed=EVAL_SEED, frames=frames
                 )
             finally:
                 checkpoint.set_rng_state(before)
@@ -656,7 +656,3 @@ class _FileLog(logging.Handler):
         with contextlib.suppress(OSError, ValueError):
             self._file.write(text + "\n")
             self._file.flush()
-
-
-# Evaluations see the same starts all through training; far from the seeds people give to training.
-_EVAL_SEED = 1_000_003

@@ -1,0 +1,573 @@
+"""The command ``pywm``: train, eval, plot, bench, check-env, list, doctor.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 2 the user's mistake, 3 the
+environment's, 4 a numerical stop, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pywm.config import from_json, suggest
+from pywm.errors import PywmError, UserError
+
+__all__ = ["main"]
+
+log = logging.getLogger("pywm.cli")
+
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: the arguments; ``sys.argv[1:]`` by default.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [argument for argument in argv if argument != "--debug"]
+    handler = _log_to_stderr(debug)
+    try:
+        return _dispatch(argv)
+    except PywmError as error:
+        if debug:
+            raise
+        _complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        _complain("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of stdout (head, less) has seen enough; keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except RuntimeError as error:
+        if debug or "out of memory" not in str(error):
+            raise
+        _complain(f"{error}\nUse fewer or smaller batches (--batch-size, --num-envs) or --device cpu.")
+        return 2
+    finally:
+        logging.getLogger("pywm").removeHandler(handler)
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        _out(_help())
+        return 0
+    if argv[0] in ("-V", "--version", "version"):
+        from pywm._version import __version__
+
+        _out(f"pywm {__version__}")
+        return 0
+    command, rest = argv[0], argv[1:]
+    if command not in COMMANDS:
+        raise UserError(f"no command {command!r}.{suggest(command, COMMANDS)}")
+    return COMMANDS[command][0](rest)
+
+
+def _help() -> str:
+    lines = ["usage: pywm COMMAND ...", "", "World-model reinforcement learning at kernel speed.", ""]
+    lines += [f"  {usage}\n      {text}" for _, usage, text in COMMANDS.values()]
+    lines += ["", "pywm COMMAND --help tells more. --debug shows the traceback of an error. --version."]
+    return "\n".join(lines)
+
+
+def _out(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"pywm: {text}\n")
+
+
+class _Stderr(logging.Handler):
+    """Writes to whatever ``sys.stderr`` is at the moment, for the live screen redirects it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+            sys.stderr.write(f"{prefix}{self.format(record)}\n")
+
+
+def _log_to_stderr(debug: bool) -> logging.Handler:
+    logger = logging.getLogger("pywm")
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    handler = _Stderr()
+    logger.addHandler(handler)
+    return handler
+
+
+@dataclasses.dataclass
+class _Given:
+    """The arguments that decide which defaults the others have."""
+
+    algo: str
+    env: str | None
+    preset: str | None = None
+    seed: int | None = None
+    run_dir: str | None = None
+    runs: str = "runs"
+    resume: bool = False
+
+
+def _given(argv: list[str]) -> _Given:
+    given = _Given(argv[0], argv[1] if len(argv) > 1 and not argv[1].startswith("-") else None)
+    for i, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        name = flag.replace("_", "-")
+        if not equals and i + 1 < len(argv):
+            value = argv[i + 1]
+        if name in ("--preset", "--run-dir", "--runs") and value:
+            setattr(given, name[2:].replace("-", "_"), value)
+        elif name == "--seed" and value.lstrip("-").replace("_", "").isdigit():
+            given.seed = int(value)
+        elif name == "--resume":
+            given.resume = True
+    return given
+
+
+def _train(argv: list[str]) -> int:
+    from pywm import algos
+
+    helping = "-h" in argv or "--help" in argv
+    if not argv or argv[0].startswith("-"):
+        names = ", ".join(algos.algorithms())
+        usage = (
+            "usage: pywm train ALGO ENV [--flags]\n\n"
+            f"ALGO is one of {names}; pywm train ALGO --help lists its flags."
+        )
+        if helping:
+            _out(usage)
+            return 0
+        raise UserError(f"train: expected ALGO ENV before any flag\n{usage}")
+    given = _given(argv)
+    module = algos.get(given.algo)
+    if given.env is None and not helping:
+        raise UserError(f"train: expected ALGO ENV, as in: pywm train {given.algo} CartPole-v1")
+    base, options, note = _defaults(module, given)
+    config, options, device = _parse_train(argv, given, base, options)
+    assert given.env is not None
+    return _run_training(module, given, config, options, _device(device), note, argv)
+
+
+def _defaults(module: Any, given: _Given) -> tuple[Any, Any, str]:
+    """Return the configuration and the run options before flags, and where they come from."""
+    from pywm import algos
+    from pywm.training.directory import KEPT_OPTIONS
+    from pywm.training.run import RunOptions
+
+    config, options, note = module.Config(), RunOptions(runs=given.runs), ""
+    saved = None
+    if given.resume and given.env is not None:
+        saved = _saved_run(given, config)
+    if saved is not None:
+        folder, about = saved
+        config = from_json(module.Config, about["config"])
+        options = dataclasses.replace(options, run_dir=str(folder))
+        for name, value in about.get("run", {}).items():
+            if name in KEPT_OPTIONS and isinstance(value, int):
+                setattr(options, name, value)
+        note = f"settings of {folder}"
+    chosen = (
+        algos.choose_preset(module, given.env or "", given.preset) if saved is None or given.preset else None
+    )
+    if chosen is not None:
+        name, preset = chosen
+        config = dataclasses.replace(config, **preset.config)
+        note = f"preset {name}: expect {preset.expected}"
+    elif saved is None:
+        note = f"no preset for {given.env}; the defaults of {given.algo}"
+    return config, options, note
+
+
+def _saved_run(given: _Given, config: Any) -> tuple[Path, dict[str, Any]] | None:
+    from pywm.training.directory import find_run, read_run
+
+    seed = config.seed if given.seed is None else given.seed
+    folder = (
+        Path(given.run_dir)
+        if given.run_dir
+        else find_run(given.runs, algo=given.algo, env=given.env or "", seed=seed)
+    )
+    if folder is None or not (folder / "config.json").exists():
+        return None
+    about = read_run(folder)
+    # Of another algorithm or environment: Run.open has the words for it.
+    return (folder, about) if (about["algo"], about["env"]) == (given.algo, given.env) else None
+
+
+def _parse_train(argv: list[str], given: _Given, base: Any, options: Any) -> tuple[Any, Any, str]:
+    import tyro
+
+    from pywm.training.run import RunOptions
+
+    flat = tyro.conf.arg(name="")
+    arguments = dataclasses.make_dataclass(
+        "Train",
+        [
+            ("algo", tyro.conf.Positional[str], dataclasses.field(default=given.algo)),
+            ("env", tyro.conf.Positional[str], dataclasses.field(default=given.env or "ENV")),
+            (
+                "preset",
+                Annotated[str | None, tyro.conf.arg(help=_PRESET_HELP)],
+                dataclasses.field(default=None),
+            ),
+            ("device", Annotated[str, tyro.conf.arg(help=_DEVICE_HELP)], dataclasses.field(default="auto")),
+            ("config", Annotated[type(base), flat], dataclasses.field(default_factory=lambda: base)),
+            ("run", Annotated[RunOptions, flat], dataclasses.field(default_factory=lambda: options)),
+        ],
+    )
+    parsed = tyro.cli(arguments, args=argv, prog="pywm train", description=f"Train {given.algo}.")
+    return parsed.config, parsed.run, parsed.device
+
+
+_PRESET_HELP = "settings made for a family of environments; by default the one that suits ENV"
+_DEVICE_HELP = "cpu, cuda, cuda:1; auto is the GPU where there is one"
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"train: device is {name!r}, but expected cpu, cuda or cuda:<number>") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UserError(
+                f"device is {name!r}, but torch {torch.__version__} sees {count} GPUs; use --device cpu"
+            )
+    return name
+
+
+def _run_training(
+    module: Any, given: _Given, config: Any, options: Any, device: str, note: str, argv: list[str]
+) -> int:
+    from pywm.config import to_json
+    from pywm.envs import make
+    from pywm.training.run import Run
+
+    env = given.env
+    assert env is not None
+    # One on trial first, so that a typo leaves no run directory behind.
+    make(env, 1, max_episode_steps=getattr(config, "max_episode_steps", None)).close()
+    log.info("%s on %s, seed %d, %s", given.algo, env, config.seed, device)
+    log.info("%s", note)
+    with Run.open(
+        options,
+        algo=given.algo,
+        env=env,
+        seed=config.seed,
+        config=to_json(config),
+        total_steps=config.steps,
+        may_change=getattr(module.Config, "may_change", ("steps",)),
+        device=device,
+        command=shlex.join(["pywm", "train", *argv]),
+    ) as run:
+        module.train(config, env, run=run, device=device)
+    _out(str(run.dir))
+    return INTERRUPTED if run.interrupted else 0
+
+
+@dataclasses.dataclass
+class _Eval:
+    """Play episodes with the agent of a run and report their returns."""
+
+    run: str
+    """the run's directory"""
+    episodes: int = 20
+    """how many to play"""
+    seed: int | None = None
+    """of the environments; by default one that training did not use"""
+    checkpoint: str = "latest"
+    """latest, best, or a name like step_00050000"""
+    stochastic: bool = False
+    """sample actions instead of taking the most likely"""
+    num_envs: int = 8
+    """parallel environments"""
+    device: str = "cpu"
+    """where the networks run"""
+    json: bool = False
+    """print one JSON object"""
+    gif: str | None = None
+    """write the first episode as a GIF to this file"""
+    video: str | None = None
+    """write the first episode as an mp4 to this file (extra "video")"""
+
+
+def _eval(argv: list[str]) -> int:
+    from pywm import algos
+    from pywm.training import report
+    from pywm.training.directory import read_run
+    from pywm.training.evaluate import EVAL_SEED, evaluate
+
+    arguments = _parse(_Eval, "pywm eval", argv)
+    if arguments.episodes < 1:
+        raise UserError(f"eval: episodes is {arguments.episodes}, but expected 1 or more")
+    filming = arguments.gif or arguments.video
+    agent, envs = algos.load(
+        arguments.run,
+        num_envs=max(1, min(arguments.num_envs, arguments.episodes)),
+        which=arguments.checkpoint,
+        device=_device(arguments.device),
+        render_mode="rgb_array" if filming else None,
+    )
+    frames: list[Any] | None = [] if filming else None
+    try:
+        result = evaluate(
+            agent,
+            envs,
+            episodes=arguments.episodes,
+            seed=EVAL_SEED if arguments.seed is None else arguments.seed,
+            greedy=not arguments.stochastic,
+            frames=frames,
+        )
+    finally:
+        envs.close()
+    if filming and not frames:
+        raise UserError(f"eval: {envs.name} gave no picture to render")
+    written = {}
+    if arguments.gif:
+        written["gif"] = str(report.write_gif(frames or [], arguments.gif))
+    if arguments.video:
+        written["video"] = str(report.write_video(frames or [], arguments.video))
+    about = read_run(arguments.run)
+    if arguments.json:
+        summary = {
+            "run": arguments.run,
+            "algo": about["algo"],
+            "env": about["env"],
+            **result._asdict(),
+            **written,
+        }
+        _out(json.dumps(summary))
+    else:
+        _out(
+            f"{about['algo']} on {about['env']}: return {result.return_mean:.2f} ± {result.return_std:.2f} "
+            f"over {result.episodes} episodes (length {result.length_mean:.1f}, seed {result.seed})"
+        )
+        for path in written.values():
+            log.info("wrote %s", path)
+    return 0
+
+
+@dataclasses.dataclass
+class _Plot:
+    """Draw the learning curves of runs: every seed, their interquartile mean and its confidence band."""
+
+    runs: tuple[str, ...]
+    """run directories, or directories above them"""
+    out: str = "curves.png"
+    """the picture; its ending says the format"""
+    metric: str = "return/mean"
+    """key of the rows of metrics.jsonl"""
+    x: Literal["env_steps", "hours"] = "env_steps"
+    """what to draw against"""
+    level: float = 0.95
+    """of the confidence band"""
+
+
+def _plot(argv: list[str]) -> int:
+    from pywm.training import report
+
+    arguments = _parse(_Plot, "pywm plot", argv)
+    if not arguments.runs:
+        raise UserError("plot: expected at least one run directory, as in: pywm plot runs/CartPole-v1")
+    out = report.plot(
+        arguments.runs, arguments.out, metric=arguments.metric, x=arguments.x, level=arguments.level
+    )
+    _out(str(out))
+    return 0
+
+
+@dataclasses.dataclass
+class _CheckEnv:
+    """Check an environment: spaces, dtypes, seeding, autoreset, final observations, bad actions."""
+
+    env: str
+    """an id like CartPole-v1 or my_pkg:MyEnv-v0"""
+
+
+def _check_env(argv: list[str]) -> int:
+    arguments = _parse(_CheckEnv, "pywm check-env", argv)
+    from pywm.envs import check_env
+
+    report = check_env(arguments.env)
+    _out(str(report))
+    return 0 if report.ok else 3
+
+
+@dataclasses.dataclass
+class _List:
+    """List what there is."""
+
+    what: Literal["all", "algos", "envs", "presets"]
+    """all where left out"""
+
+
+def _list(argv: list[str]) -> int:
+    what = _parse(_List, "pywm list", argv if argv else ["all"]).what
+    sections = {"algos": _list_algos, "envs": _list_envs, "presets": _list_presets}
+    if what != "all":
+        _out("\n".join(sections[what]()))
+        return 0
+    for name in ("algos", "presets"):
+        _out(f"{name}:\n" + "\n".join(f"  {line}" for line in sections[name]()))
+    _out("envs: any gymnasium id, my_pkg:MyEnv-v0, ... (pywm list envs)")
+    return 0
+
+
+def _list_algos() -> list[str]:
+    from pywm import algos
+
+    lines = []
+    for name in algos.algorithms():
+        about = (algos.get(name).__doc__ or "").strip().splitlines()
+        lines.append(f"{name:<14} {about[0] if about else ''}".rstrip())
+    return lines
+
+
+def _list_presets() -> list[str]:
+    from pywm import algos
+
+    return [
+        f"{algo:<14} {name:<14} {', '.join(preset.envs)}: {preset.expected}"
+        for algo in algos.algorithms()
+        for name, preset in getattr(algos.get(algo), "PRESETS", {}).items()
+    ]
+
+
+def _list_envs() -> list[str]:
+    import gymnasium
+
+    import pywm.envs  # noqa: F401 - registers our own
+
+    with contextlib.suppress(ImportError):
+        import ale_py
+
+        gymnasium.register_envs(ale_py)
+    # Old ids stay registered only to name their successors.
+    names = [name for name in gymnasium.registry if not name.startswith(("phys2d/", "tabular/", "GymV"))]
+    return sorted(names)
+
+
+def _bench(argv: list[str]) -> int:
+    kinds = ("ops", "peers", "train")
+    usage = f"usage: pywm bench [{'|'.join(kinds)}] [--flags of that benchmark]"
+    if argv and argv[0] in ("-h", "--help"):
+        _out(usage)
+        return 0
+    kind, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("ops", argv)
+    if kind not in kinds:
+        raise UserError(f"no benchmark {kind!r}.{suggest(kind, kinds)}")
+    script = Path(__file__).parent.parent / "benchmarks" / ("run.py" if kind == "ops" else f"{kind}.py")
+    if script.exists():
+        return subprocess.call([sys.executable, str(script), *rest])
+    if kind != "ops":
+        raise UserError(
+            f"bench {kind} needs a checkout of the repository: it is benchmarks/{script.name} there"
+        )
+    for line in _bench_ops():
+        _out(line)
+    return 0
+
+
+def _bench_ops() -> list[str]:
+    """Time a return scan against its reference: a first impression where there is no checkout."""
+    import time
+
+    import torch
+
+    import pywm
+    from pywm.ops import reference
+
+    def median(function: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(15):
+            begin = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - begin)
+        return sorted(times)[len(times) // 2]
+
+    lines = ["gae, float32, forward      T x N    kernel     reference"]
+    for T, N in ((128, 8), (128, 64), (256, 1024)):
+        generator = torch.Generator().manual_seed(0)
+        reward, value, next_value = torch.randn(3, T, N, generator=generator)
+        terminated = torch.rand(T, N, generator=generator) < 0.01
+        truncated = torch.rand(T, N, generator=generator) < 0.01
+        inputs = (reward, value, next_value, terminated, truncated)
+        kernel = median(lambda inputs=inputs: pywm.gae(*inputs))
+        plain = median(lambda inputs=inputs: reference.gae(*inputs))
+        lines.append(
+            f"{T:>27} x {N:<5} {kernel * 1e6:8.1f} us {plain * 1e6:10.1f} us   {plain / kernel:.1f}x"
+        )
+    return lines
+
+
+@dataclasses.dataclass
+class _Doctor:
+    """Say what is installed, what works, and which command mends what does not."""
+
+    json: bool = False
+    """print one JSON object"""
+
+
+def _doctor(argv: list[str]) -> int:
+    arguments = _parse(_Doctor, "pywm doctor", argv)
+    from pywm import doctor
+    from pywm.training import machine
+
+    facts = machine.facts()
+    findings = doctor.findings()
+    if arguments.json:
+        _out(json.dumps({"machine": facts, "findings": [finding._asdict() for finding in findings]}))
+    else:
+        heads = [
+            f"{name} {facts[name]}"
+            for name in ("pywm", "python", "torch", "numpy", "gymnasium")
+            if name in facts
+        ]
+        _out("  ".join(heads))
+        _out(f"{facts['cpu']}, {facts['cores']} cores, {facts['system']}")
+        for finding in findings:
+            mend = f"  ->  {finding.mend}" if finding.mend else ""
+            _out(f"  {finding.what:<16} {finding.mark}   {finding.text}{mend}")
+    return 2 if any(finding.mark == "!!" for finding in findings) else 0
+
+
+def _parse(cls: type, prog: str, argv: list[str]) -> Any:
+    import tyro
+
+    return tyro.cli(cls, args=argv, prog=prog, config=(tyro.conf.PositionalRequiredArgs,))
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
+    "train": (_train, "pywm train ALGO ENV [--resume | --fresh] [--flags]", "train an agent"),
+    "eval": (
+        _eval,
+        "pywm eval RUN [--episodes N] [--json] [--gif FILE]",
+        "play episodes with a trained agent",
+    ),
+    "plot": (_plot, "pywm plot RUN... [--out curves.png]", "draw learning curves with confidence bands"),
+    "bench": (_bench, "pywm bench [ops|peers|train]", "measure the speed of the kernels"),
+    "check-env": (_check_env, "pywm check-env ID", "check an environment of your own"),
+    "list": (_list, "pywm list [algos|envs|presets]", "list what there is"),
+    "doctor": (_doctor, "pywm doctor [--json]", "say what works here, and how to mend what does not"),
+}
