@@ -1,0 +1,76 @@
+"""The flat optimiser equals torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pywm.nn import MLP
+from pywm.optim import Adam, FlatParameters
+
+
+def _network(seed: int = 0) -> MLP:
+    return MLP((3, 8, 8, 2), generator=torch.Generator().manual_seed(seed))
+
+
+def _loss(network: nn.Module, step: int) -> torch.Tensor:
+    x = torch.randn(16, 3, generator=torch.Generator().manual_seed(step))
+    return (network(x) * 10).square().mean()
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5, 1e9])
+def test_adam_and_clipping_equal_torch(max_grad_norm: float | None) -> None:
+    ours, theirs = _network(), _network()
+    flat = FlatParameters(ours)
+    optimizer = Adam(flat, eps=1e-5, max_grad_norm=max_grad_norm)
+    reference = torch.optim.Adam(theirs.parameters(), eps=1e-5)
+    for step in range(50):
+        lr = 1e-2 * (1 - step / 50)
+        flat.backward(_loss(ours, step))
+        norm = optimizer.step(lr)
+
+        reference.zero_grad()
+        _loss(theirs, step).backward()
+        expected_norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_grad_norm or float("inf"))
+        reference.param_groups[0]["lr"] = lr
+        reference.step()
+        torch.testing.assert_close(norm, expected_norm)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_parameters_and_gradients_are_views_of_the_flat_buffers() -> None:
+    network = _network()
+    before = [p.detach().clone() for p in network.parameters()]
+    flat = FlatParameters(network)
+    for p, q in zip(network.parameters(), before, strict=True):
+        assert torch.equal(p, q)
+        assert p.untyped_storage().data_ptr() == flat.data.untyped_storage().data_ptr()
+    assert flat.data.numel() == sum(p.numel() for p in before)
+
+    flat.backward(_loss(network, 0))
+    expected = torch.autograd.grad(_loss(network, 0), list(network.parameters()))
+    assert torch.equal(flat.grad, torch.cat([g.flatten() for g in expected]))
+    for p, g in zip(network.parameters(), expected, strict=True):
+        assert p.grad is not None
+        assert torch.equal(p.grad, g)
+    with torch.no_grad():
+        flat.data.zero_()
+    assert all(bool((p == 0).all()) for p in network.parameters())
+
+
+def test_backward_replaces_the_gradients() -> None:
+    network = _network()
+    flat = FlatParameters(network)
+    flat.backward(_loss(network, 0))
+    once = flat.grad.clone()
+    flat.backward(_loss(network, 0))
+    assert torch.equal(flat.grad, once)
+
+
+def test_double_parameters_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"FlatParameters: weight is torch.float64"):
+        FlatParameters(nn.Linear(2, 2).double())
+    with pytest.raises(ValueError, match="no parameters"):
+        FlatParameters(nn.ReLU())
