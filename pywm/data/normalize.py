@@ -47,7 +47,7 @@ class RunningMeanStd:
 
     def state(self) -> dict[str, Array]:
         """Return copies of the statistics."""
-        return {"mean": self.mean.copy(), "var": self.var.copy(), "count": np.array(self.count)}
+        return {"mean": np.array(self.mean), "var": np.array(self.var), "count": np.array(self.count)}
 
     def load_state(self, state: Mapping[str, Array]) -> None:
         """Put back what ``state`` returned."""
