@@ -38,8 +38,8 @@ void wide(const GaeArgs<S>& a, int64_t begin, int64_t end) {
         S x = math::gae_step(delta, carry[i], terminated[i] != 0, truncated[i] != 0, discount_lam);
         S y = x + value[i];
         if constexpr (kMasked) {
-          x = valid[i] ? x : S(0);
-          y = valid[i] ? y : value[i];
+          x = math::select(valid[i] != 0, x, S(0));
+          y = math::select(valid[i] != 0, y, value[i]);
         }
         carry[i] = x;
         advantage[i] = x;
@@ -74,8 +74,8 @@ void narrow(const GaeArgs<S>& a) {
       S x = math::gae_delta(reward[i], value[i], next_value[i], terminated[i] != 0, discount);
       S k = math::gae_decay(terminated[i] != 0, truncated[i] != 0, discount_lam);
       if constexpr (kMasked) {
-        x = valid[i] ? x : S(0);
-        k = valid[i] ? k : S(0);
+        x = math::select(valid[i] != 0, x, S(0));
+        k = math::select(valid[i] != 0, k, S(0));
       }
       delta[i] = x;
       decay[i] = k;
@@ -95,7 +95,7 @@ void narrow(const GaeArgs<S>& a) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
       const S y = advantage[i] + value[i];
-      returns[i] = (!kMasked || valid[i]) ? y : value[i];
+      returns[i] = math::select(!kMasked || valid[i] != 0, y, value[i]);
     }
   }
 }

@@ -31,9 +31,9 @@ void forward(const LambdaReturnArgs<S>& a, int64_t begin, int64_t end) {
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) {
         S next_return = carry[i];
-        if constexpr (kMasked) next_return = (last || !next_valid[i]) ? next_value[i] : next_return;
+        if constexpr (kMasked) next_return = math::select(last | !next_valid[i], next_value[i], next_return);
         S x = math::lambda_return_step(reward[i], discount[i], next_value[i], next_return, kRows ? lams[i] : lam);
-        if constexpr (kMasked) x = valid[i] ? x : S(0);
+        if constexpr (kMasked) x = math::select(valid[i] != 0, x, S(0));
         carry[i] = x;
         returns[i] = x;
       }
@@ -68,9 +68,9 @@ void backward(const LambdaReturnBackwardArgs<S>& a, int64_t begin, int64_t end) 
       S* __restrict grad_next_value = next_out.row(row);
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) {
-        const bool bootstraps = last || (kMasked && !next_valid[i]);
+        const bool bootstraps = last | (kMasked && !next_valid[i]);
         const auto g = math::lambda_return_grad(grad[i] + carry[i], discount[i], next_value[i],
-                                                bootstraps ? next_value[i] : next_return[i], kRows ? lams[i] : lam,
+                                                math::select(bootstraps, next_value[i], next_return[i]), kRows ? lams[i] : lam,
                                                 !kMasked || valid[i] != 0, bootstraps);
         carry[i] = g.carry;
         grad_reward[i] = g.reward;

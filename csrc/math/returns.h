@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../macros.h"
+#include "select.h"
 
 namespace pywm::math {
 
@@ -13,18 +14,18 @@ namespace pywm::math {
 
 template <typename S>
 PYWM_HD S gae_delta(S reward, S value, S next_value, bool terminated, S discount) {
-  return reward + (terminated ? S(0) : discount * next_value) - value;
+  return reward + select(terminated, S(0), discount * next_value) - value;
 }
 
 // What the next row's advantage is multiplied with, for compositions of rows; gae_step selects instead.
 template <typename S>
 PYWM_HD S gae_decay(bool terminated, bool truncated, S discount_lam) {
-  return (terminated || truncated) ? S(0) : discount_lam;
+  return select(terminated | truncated, S(0), discount_lam);
 }
 
 template <typename S>
 PYWM_HD S gae_step(S delta, S next_advantage, bool terminated, bool truncated, S discount_lam) {
-  return delta + ((terminated || truncated) ? S(0) : discount_lam * next_advantage);
+  return delta + select(terminated | truncated, S(0), discount_lam * next_advantage);
 }
 
 template <typename S>
@@ -37,12 +38,12 @@ struct GaeGrad {
 template <typename S>
 PYWM_HD GaeGrad<S> gae_grad(S grad_advantage, S grad_returns, S carry, bool terminated, bool truncated, bool valid,
                             S discount, S discount_lam) {
-  const S total = valid ? grad_advantage + grad_returns + carry : S(0);
+  const S total = select(valid, grad_advantage + grad_returns + carry, S(0));
   return {
       total,
-      valid ? grad_returns - total : S(0),
-      terminated ? S(0) : discount * total,
-      (terminated || truncated) ? S(0) : discount_lam * total,
+      select(valid, grad_returns - total, S(0)),
+      select(terminated, S(0), discount * total),
+      select(terminated | truncated, S(0), discount_lam * total),
   };
 }
 
@@ -63,13 +64,13 @@ struct LambdaReturnGrad {
 template <typename S>
 PYWM_HD LambdaReturnGrad<S> lambda_return_grad(S grad, S discount, S next_value, S next_return, S lam, bool valid,
                                                bool bootstraps) {
-  const S total = valid ? grad : S(0);
+  const S total = select(valid, grad, S(0));
   const S through = total * discount * lam;
   return {
       total,
-      valid ? total * ((S(1) - lam) * next_value + lam * next_return) : S(0),
-      valid ? total * discount * (S(1) - lam) + (bootstraps ? through : S(0)) : S(0),
-      (valid && !bootstraps) ? through : S(0),
+      select(valid, total * ((S(1) - lam) * next_value + lam * next_return), S(0)),
+      select(valid, total * discount * (S(1) - lam) + select(bootstraps, through, S(0)), S(0)),
+      select(valid & !bootstraps, through, S(0)),
   };
 }
 
@@ -80,16 +81,28 @@ PYWM_HD S discounted_return_step(S reward, S discount, S next_return) {
   return reward + discount * next_return;
 }
 
+template <typename S>
+struct DiscountedReturnGrad {
+  S reward, discount;
+  S carry;  // gradient of next_return
+};
+
+// `grad` is the whole gradient of R in this row: its own plus what the row before carried over.
+template <typename S>
+PYWM_HD DiscountedReturnGrad<S> discounted_return_grad(S grad, S discount, S next_return) {
+  return {grad, grad * next_return, grad * discount};
+}
+
 // ---- V-trace: y = ρ·(r + d·V' - V) + d·c·(1-truncated)·y', see pywm/ops/vtrace.py ---------------------------------
 
 template <typename S>
 PYWM_HD S vtrace_correction(S rho, S c, S reward, S discount, S value, S next_value, bool truncated, S next_y) {
-  return rho * (reward + discount * next_value - value) + (truncated ? S(0) : discount * c * next_y);
+  return rho * (reward + discount * next_value - value) + select(truncated, S(0), discount * c * next_y);
 }
 
 template <typename S>
 PYWM_HD S vtrace_advantage(S rho, S reward, S discount, S value, S next_value, bool truncated, S next_y) {
-  return rho * (reward + discount * (next_value + (truncated ? S(0) : next_y)) - value);
+  return rho * (reward + discount * (next_value + select(truncated, S(0), next_y)) - value);
 }
 
 template <typename S>
@@ -103,10 +116,10 @@ template <typename S>
 PYWM_HD VtraceGrad<S> vtrace_grad(S grad_target, S grad_advantage, S grad_y, S rho, S c, S discount, S next_value,
                                   bool truncated, S next_y) {
   const S both = rho * (grad_y + grad_advantage);
-  const S along = truncated ? S(0) : c * grad_y + rho * grad_advantage;
+  const S along = select(truncated, S(0), c * grad_y + rho * grad_advantage);
   return {
       both,
-      both * next_value + (truncated ? S(0) : along * next_y),
+      both * next_value + select(truncated, S(0), along * next_y),
       grad_target - both,
       both * discount,
       discount * along,
