@@ -1,0 +1,12 @@
+"""Environments: one adapter for all of them, small ones of our own, and the checks.
+
+``make(id, n)`` gives ``Envs``, whose ``step`` returns ``pywm.types.StepOut`` whatever is behind it.
+"""
+
+from __future__ import annotations
+
+from pywm.envs.make import EnvLike, make
+from pywm.envs.spaces import ObsKeys, is_image, split_keys
+from pywm.envs.vector import Envs, Episode
+
+__all__ = ["EnvLike", "Envs", "Episode", "ObsKeys", "is_image", "make", "split_keys"]

@@ -1,0 +1,92 @@
+"""DeepMind Control tasks as gymnasium environments: ``dmc:walker_walk``."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from pywm.errors import UserError, require_extra
+
+__all__ = ["DMControl"]
+
+
+class DMControl(gymnasium.Env):
+    """A task of ``dm_control.suite``; the observations of the task stand side by side in one float32 vector.
+
+    Episodes end by the clock of the task, which is a truncation, unless the task says that its discount is 0.
+
+    Args:
+        task: ``"<domain>_<task>"``, for instance ``"walker_walk"`` or ``"ball_in_cup_catch"``.
+        action_repeat: every action is applied so many times; rewards are added.
+        size: height and width of a rendered picture.
+        camera: number of the camera.
+        render_mode: ``"rgb_array"`` or None.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012
+
+    def __init__(
+        self,
+        task: str,
+        *,
+        action_repeat: int = 1,
+        size: tuple[int, int] = (240, 320),
+        camera: int = 0,
+        render_mode: str | None = None,
+    ) -> None:
+        # Without a display the default back end fails; EGL is the one that needs none. Read at import.
+        os.environ.setdefault("MUJOCO_GL", "egl")
+        self._suite = require_extra("dm_control.suite", "dmc")
+        known = {f"{domain}_{name}": (domain, name) for domain, name in self._suite.ALL_TASKS}
+        if task not in known:
+            close = difflib.get_close_matches(task, known, n=3, cutoff=0.0)
+            names = ", ".join(f"dmc:{name}" for name in close)
+            raise UserError(f"No env 'dmc:{task}'. The closest are {names}")
+        self._domain, self._task = known[task]
+        self.render_mode = render_mode
+        self._repeat, self._size, self._camera = action_repeat, size, camera
+        self._env = self._suite.load(self._domain, self._task)
+        action = self._env.action_spec()
+        low, high = action.minimum.astype(np.float32), action.maximum.astype(np.float32)
+        self.action_space = spaces.Box(low, high, dtype=np.float32)
+        width = sum(int(np.prod(part.shape)) for part in self._env.observation_spec().values())
+        self.observation_space = spaces.Box(-np.inf, np.inf, (width,), np.float32)
+
+    @staticmethod
+    def _vector(observation: dict[str, Any]) -> np.ndarray:
+        return np.concatenate([np.ravel(part) for part in observation.values()]).astype(np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin an episode; a seed also seeds the task's own generator."""
+        super().reset(seed=seed)
+        if seed is not None:
+            self._env.task._random = np.random.RandomState(seed)
+        return self._vector(self._env.reset().observation), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Apply the action ``action_repeat`` times, or until the episode ends."""
+        reward = 0.0
+        for _ in range(self._repeat):
+            now = self._env.step(action)
+            reward += now.reward or 0.0
+            if now.last():
+                break
+        terminated = bool(now.last() and now.discount == 0.0)
+        return self._vector(now.observation), reward, terminated, bool(now.last() and not terminated), {}
+
+    def render(self) -> np.ndarray | None:
+        """Return the picture of the camera ``[height, width, 3]``."""
+        if self.render_mode is None:
+            return None
+        return np.asarray(self._env.physics.render(*self._size, camera_id=self._camera))
+
+    def close(self) -> None:
+        """Free the simulator."""
+        self._env.close()

@@ -1,0 +1,292 @@
+"""What observations and actions look like inside pywm, and how a gymnasium space becomes that.
+
+Observations are float32 vectors and uint8 images ``[C, height, width]``, one array or a flat dict of arrays.
+Actions are checked before an environment sees them: a native simulator that is handed an action out of its
+range may hang for ever instead of raising.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from gymnasium import spaces
+
+from pywm.errors import UserError
+from pywm.types import Obs
+
+__all__ = ["ActionCheck", "ObsKeys", "ObsLayout", "is_image", "split_keys"]
+
+log = logging.getLogger(__name__)
+
+# Smaller uint8 grids (MiniGrid's 7 x 7 object codes) are codes, not pixels; a convolution has nothing to see.
+MIN_IMAGE_SIDE = 16
+
+Space = spaces.Space[Any]
+Convert = Callable[[Any], np.ndarray]
+
+
+class ObsKeys(NamedTuple):
+    """Keys of an observation space by kind; a space without keys is the single key ``"obs"``."""
+
+    image: tuple[str, ...]
+    vector: tuple[str, ...]
+
+
+def is_image(space: Space) -> bool:
+    """Say whether a (converted) space holds pictures: uint8 ``[C, height, width]`` with sides >= 16."""
+    return (
+        isinstance(space, spaces.Box)
+        and space.dtype == np.uint8
+        and len(space.shape) == 3
+        and min(space.shape[1:]) >= MIN_IMAGE_SIDE
+    )
+
+
+def split_keys(space: Space) -> ObsKeys:
+    """Split the keys of an ``Envs.observation_space`` into images and everything else.
+
+    Args:
+        space: a Box, or a Dict of Boxes, as ``Envs`` exposes it.
+
+    Returns:
+        Image keys and vector keys in the order of the space; ``("obs",)`` stands for a Box.
+    """
+    parts = dict(space.spaces) if isinstance(space, spaces.Dict) else {"obs": space}
+    image = tuple(key for key, part in parts.items() if is_image(part))
+    return ObsKeys(image, tuple(key for key in parts if key not in image))
+
+
+class ObsLayout:
+    """How batches of raw observations become pywm's: the converted space and the function that converts.
+
+    ====================  ==============================================================================
+    Box uint8             unchanged; pictures ``[h, w, C]``, ``[h, w]`` and stacks ``[k, h, w, C]``
+                          become ``[C, h, w]``, ``[1, h, w]`` and ``[k·C, h, w]``
+    Box, other dtypes     float32
+    Discrete              one-hot float32 ``[n]``
+    MultiDiscrete         one-hots side by side, float32
+    MultiBinary           float32
+    Dict                  a flat dict; keys of nested Dicts are joined with ``/``
+    texts inside a Dict   left out, with a warning in the log
+    ====================  ==============================================================================
+
+    Args:
+        space: the single environment's observation space.
+        name: the environment, for the messages.
+
+    Attributes:
+        space: the converted space of a single environment.
+        identity: whether ``convert`` hands its argument back unchanged.
+
+    Raises:
+        UserError: a space that has no such form; the message names the key and a wrapper that helps.
+    """
+
+    def __init__(self, space: Space, name: str = "environment") -> None:
+        self._leaves: list[tuple[str, tuple[str, ...], Convert | None]] = []
+        converted: dict[str, Space] = {}
+        for path, leaf in _leaves(space, ()):
+            # By dtype, because packages have classes of their own for texts (MiniGrid's mission).
+            if path and leaf.dtype is not None and leaf.dtype.kind == "U":
+                _say_left_out(name, "/".join(path))
+                continue
+            key = "/".join(path) or "obs"
+            converted[key], convert = _convert_leaf(leaf, key, name)
+            self._leaves.append((key, path, convert))
+        if not converted:
+            raise UserError(f"{name}: the observation space is {space}, but expected at least one array")
+        is_dict = isinstance(space, spaces.Dict)
+        self.space: Space = spaces.Dict(converted) if is_dict else converted["obs"]
+        self._single = None if is_dict else self._leaves[0][2]
+        self._is_dict = is_dict
+        self.identity = not is_dict and self._single is None
+
+    def convert(self, raw: Any) -> Obs:
+        """Convert a batch of raw observations; arrays that need no conversion are passed through."""
+        if not self._is_dict:
+            return raw if self._single is None else self._single(raw)
+        obs: dict[str, np.ndarray] = {}
+        for key, path, convert in self._leaves:
+            part = raw
+            for step in path:
+                part = part[step]
+            obs[key] = part if convert is None else convert(part)
+        return obs
+
+
+@functools.cache
+def _say_left_out(name: str, key: str) -> None:
+    log.warning("%s: the observation %r is text and is left out", name, key)
+
+
+def _leaves(space: Space, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], Space]]:
+    if not isinstance(space, spaces.Dict):
+        return [(path, space)]
+    return [leaf for key, part in space.spaces.items() for leaf in _leaves(part, (*path, str(key)))]
+
+
+def _convert_leaf(space: Space, key: str, name: str) -> tuple[spaces.Box, Convert | None]:
+    if isinstance(space, spaces.Box):
+        return _convert_box(space)
+    if isinstance(space, spaces.Discrete):
+        n, start = int(space.n), int(space.start)
+        eye = np.eye(n, dtype=np.float32)
+        return spaces.Box(0.0, 1.0, (n,), np.float32), lambda raw: eye[np.asarray(raw) - start]
+    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
+        starts = np.asarray(space.start)
+        eyes = [np.eye(int(n), dtype=np.float32) for n in space.nvec]
+
+        def one_hots(raw: Any) -> np.ndarray:
+            index = np.asarray(raw) - starts
+            return np.concatenate([eye[index[:, k]] for k, eye in enumerate(eyes)], axis=1)
+
+        return spaces.Box(0.0, 1.0, (int(space.nvec.sum()),), np.float32), one_hots
+    if isinstance(space, spaces.MultiBinary):
+        return spaces.Box(0.0, 1.0, space.shape, np.float32), _to_float32
+    raise UserError(
+        f"{name}: the observation space of key {key!r} is {space}, but expected Box, Discrete, "
+        "MultiDiscrete, MultiBinary or a Dict of these. Wrap the environment in "
+        "gymnasium.wrappers.FlattenObservation, or leave the key out: gymnasium.wrappers.FilterObservation"
+    )
+
+
+def _to_float32(raw: Any) -> np.ndarray:
+    return np.asarray(raw).astype(np.float32)
+
+
+def _convert_box(space: spaces.Box) -> tuple[spaces.Box, Convert | None]:
+    if space.dtype == np.float32:
+        return space, None
+    if space.dtype != np.uint8:
+        low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+        return spaces.Box(low, high, dtype=np.float32), _to_float32
+    axes = _image_axes(space.shape)
+    if axes is None:
+        return space, None
+
+    def to_channels_first(raw: Any) -> np.ndarray:
+        moved = np.transpose(raw, (0, *(axis + 1 for axis in axes)))
+        height, width = moved.shape[-2:]
+        return np.ascontiguousarray(moved).reshape(len(raw), -1, height, width)
+
+    low = to_channels_first(space.low[None])[0]
+    high = to_channels_first(space.high[None])[0]
+    return spaces.Box(low, high, dtype=np.uint8), to_channels_first
+
+
+def _image_axes(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the order of axes that puts channels first, or None where nothing is to be moved."""
+    if len(shape) == 2 and min(shape) >= MIN_IMAGE_SIDE:
+        return (0, 1)
+    if len(shape) == 3 and shape[2] in (1, 3, 4) and min(shape[:2]) >= MIN_IMAGE_SIDE:
+        return (2, 0, 1)
+    if len(shape) == 4 and shape[3] in (1, 3, 4) and min(shape[1:3]) >= MIN_IMAGE_SIDE:
+        return (0, 3, 1, 2)
+    return None
+
+
+class ActionCheck:
+    """Check a batch of actions and bring it to the dtype that the environment expects.
+
+    Discrete actions always count from 0 here; a space with another start is shifted.
+    Box actions may overstep their bounds by a rounding error, which is cut off; real clipping is the
+    algorithm's duty.
+
+    Args:
+        space: the single environment's action space.
+        num_envs: number of environments ``N``.
+        name: the environment, for the messages.
+
+    Attributes:
+        space: the action space that algorithms see.
+
+    Raises:
+        UserError: the space is not Discrete, MultiDiscrete, MultiBinary or a Box of floats.
+    """
+
+    def __init__(self, space: Space, num_envs: int, name: str = "environment") -> None:
+        self.space = space
+        self._start: Any = 0
+        self._dtype = np.dtype(space.dtype)
+        self._shape: tuple[int, ...] = (num_envs, *(space.shape or ()))
+        self._count: Any = None
+        if isinstance(space, spaces.Discrete):
+            self._count, self._start = int(space.n), int(space.start)
+            self.space = spaces.Discrete(int(space.n))
+        elif isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
+            self._count, self._start = space.nvec.astype(np.uint64), np.asarray(space.start)
+            self.space = spaces.MultiDiscrete(space.nvec)
+        elif isinstance(space, spaces.MultiBinary):
+            self._count = 2
+        elif isinstance(space, spaces.Box) and self._dtype.kind == "f":
+            # An open bound still excludes infinity.
+            limit = np.finfo(self._dtype).max
+            self._low, self._high = np.maximum(space.low, -limit), np.minimum(space.high, limit)
+            size = np.maximum(np.maximum(np.abs(self._low), np.abs(self._high)), 1.0)
+            self._slack = np.minimum(1e-5 * size.astype(np.float64), limit).astype(self._dtype)
+        else:
+            raise UserError(
+                f"{name}: the action space is {space}, but expected Discrete, MultiDiscrete (one axis), "
+                "MultiBinary or a Box of floats. Wrap the environment in gymnasium.wrappers.TransformAction"
+            )
+        self._shifted = bool(np.any(self._start))
+
+    def __call__(self, action: np.ndarray) -> np.ndarray:
+        """Return the action for the environment, or raise before anything is stepped.
+
+        Raises:
+            TypeError: not a NumPy array, or of a wrong kind of dtype.
+            ValueError: wrong shape, out of range or not finite.
+        """
+        if type(action) is not np.ndarray:
+            raise TypeError(f"Envs.step: action is a {type(action).__name__}, but expected a numpy.ndarray")
+        if action.shape != self._shape:
+            raise ValueError(f"Envs.step: action has shape {action.shape}, but expected {self._shape}")
+        kind = action.dtype.kind
+        if self._count is None:
+            return self._check_box(action, kind)
+        if kind not in "iu":
+            raise TypeError(f"Envs.step: action has dtype {action.dtype}, but expected integers")
+        # Negative integers seen as unsigned are large: one comparison covers both ends of the range.
+        if kind == "i":
+            unsigned = action.view(f"u{action.itemsize}")
+        else:
+            unsigned = action
+        if np.count_nonzero(unsigned >= self._count):
+            self._raise_range(action, unsigned)
+        if self._shifted:
+            shifted: np.ndarray = (action + self._start).astype(self._dtype)
+            return shifted
+        return action if action.dtype == self._dtype else action.astype(self._dtype)
+
+    def _check_box(self, action: np.ndarray, kind: str) -> np.ndarray:
+        if kind != "f":
+            raise TypeError(f"Envs.step: action has dtype {action.dtype}, but expected floats")
+        if action.dtype != self._dtype:
+            action = action.astype(self._dtype)
+        # Comparisons with NaN are false, so this line also finds what is not finite.
+        inside = (action >= self._low) & (action <= self._high)
+        if np.count_nonzero(inside) == inside.size:
+            return action
+        if not np.isfinite(action).all():
+            n = int(np.argwhere(~np.isfinite(action))[0, 0])
+            raise ValueError(f"Envs.step: action of environment {n} is {action[n]}, but expected finite ones")
+        with np.errstate(over="ignore"):
+            near = (action >= self._low - self._slack) & (action <= self._high + self._slack)
+        if not near.all():
+            n = int(np.argwhere(~near)[0, 0])
+            raise ValueError(
+                f"Envs.step: action of environment {n} is {action[n]}, but expected values between "
+                f"{self._low} and {self._high} (clip the action before stepping)"
+            )
+        clipped: np.ndarray = np.clip(action, self._low, self._high)
+        return clipped
+
+    def _raise_range(self, action: np.ndarray, unsigned: np.ndarray) -> None:
+        n = int(np.argwhere(unsigned >= self._count)[0, 0])
+        top = self._count - 1 if np.ndim(self._count) == 0 else (self._count.astype(np.int64) - 1).tolist()
+        raise ValueError(f"Envs.step: action of environment {n} is {action[n]}, but expected 0 to {top}")
