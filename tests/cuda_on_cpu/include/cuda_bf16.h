@@ -1,0 +1,4 @@
+// Found before the toolkit's header of this name when a kernel is built for the emulator.
+#pragma once
+
+#include "../emulator_bf16.h"
