@@ -79,7 +79,7 @@ def _self_test() -> list[Finding]:
         except Exception as error:
             wrong.append(f"{name}: {type(error).__name__}: {error}")
     if wrong:
-        return [Finding("self-test", "!!", "; ".join(wrong), _native.REINSTALL)]
+        return [Finding("self-test", "!!", "; ".join(wrong), _native.mend())]
     return [Finding("self-test", "OK", f"{len(calls)}/{len(calls)} ops equal to PyTorch")]
 
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.machinery
+import contextlib
 import importlib.util
+import io
+import json
+import shlex
+import struct
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 import torch
 from torch import Tensor
 
 from pywm._version import __version__
 from pywm.ops._check import FLOAT_DTYPES, KERNEL_DTYPES
-
-REINSTALL = "pip install --force-reinstall --no-deps pywm"
 
 _C: ModuleType | None = None
 why_not: str = ""
@@ -26,27 +29,68 @@ why_not: str = ""
 
 def _load() -> tuple[ModuleType | None, str]:
     """Import the compiled module; on any failure say why, for the references can take over."""
-    if importlib.util.find_spec("pywm._C") is None:
-        return None, f"no compiled module in this installation; get one with: {_install_hint()}"
+    spec = importlib.util.find_spec("pywm._C")
+    if spec is None or spec.origin is None:
+        return None, f"{_absence()}; mend it with: {mend()}"
+    if not _is_whole(Path(spec.origin)):
+        return None, f"the compiled module is damaged ({spec.origin} ends too early); mend it with: {mend()}"
     try:
         from pywm import _C as module
     except ImportError as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return None, f"the compiled module does not load ({reason}); mend it with: {REINSTALL}"
-    except Exception as error:  # a setting the module refuses, such as an unknown PYWM_CPU_ISA, is the user's to mend
+        return None, f"the compiled module does not load ({reason}); mend it with: {mend()}"
+    except (
+        Exception
+    ) as error:  # a setting the module refuses, such as an unknown PYWM_CPU_ISA, is the user's to mend
         raise type(error)(f"pywm: {error}") from None
     found = getattr(module, "__version__", None)
     if found != __version__:
-        return None, f"the compiled module is of version {found}, the package of {__version__}; mend it with: {REINSTALL}"
+        what = f"the compiled module is of version {found}, the package of {__version__}"
+        return None, f"{what}; mend it with: {mend()}"
     return module, ""
 
 
-def _install_hint() -> str:
+def mend() -> str:
+    """Return the command that installs the package again from where it came, compiled this time."""
+    from importlib import metadata  # only wanted when something is wrong
+
+    checkout = Path(__file__).parents[2]
+    source = "pywm"
+    try:
+        origin = json.loads(metadata.distribution("pywm").read_text("direct_url.json") or "{}")
+        if origin.get("dir_info") is not None:  # installed from a folder, not from a package index or a wheel
+            editable = "-e " if origin["dir_info"].get("editable") else ""
+            source = editable + shlex.quote(unquote(urlsplit(origin["url"]).path))
+    except metadata.PackageNotFoundError:
+        if (checkout / "CMakeLists.txt").exists():
+            source = f"-e {shlex.quote(str(checkout))}"
+    # pip would only unpack the same wheel again if it had kept one that was built without kernels.
+    return f"pip install --force-reinstall --no-deps --no-cache-dir {source}"
+
+
+def _absence() -> str:
     foreign = [p.name for p in Path(__file__).parents[1].glob("_C.*") if p.suffix in (".so", ".pyd")]
     if foreign:
         wanted = sysconfig.get_config_var("EXT_SUFFIX")
-        return f"{REINSTALL} (found {', '.join(foreign)}, but this Python loads _C{wanted})"
-    return f"a C++ compiler and {REINSTALL} (and without PYWM_NO_EXT)"
+        return f"the compiled module is of another Python (found {', '.join(foreign)}, this one loads _C{wanted})"
+    return "no compiled module in this installation (it needs a C++ compiler, and PYWM_NO_EXT unset)"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an ELF file reaches to the end of its section table: loading a truncated one ends the process."""
+    with contextlib.suppress(OSError, struct.error), path.open("rb") as file:
+        header = file.read(64)
+        if header[:6] != b"\x7fELF\x02\x01":  # another format; its loader knows better
+            return True
+        (table,) = struct.unpack_from("<Q", header, 0x28)
+        entry_size, entries, names = struct.unpack_from("<3H", header, 0x3A)
+        size = file.seek(0, io.SEEK_END)
+        if table + entry_size * entries > size:
+            return False
+        file.seek(table + entry_size * names + 4)
+        string_table = 3  # what the last section is, unless the end of the file is zeros
+        return file.read(4) == struct.pack("<I", string_table)
+    return True
 
 
 _C, why_not = _load()
@@ -145,7 +189,9 @@ def _of_device(device: str) -> Backend:
         return Backend("reference", "compiled kernels are disabled in this block")
     if device == "cpu":
         threads = _C.num_threads()
-        return Backend("cpu", f"compiled kernels, {_C.cpu_isa()}, {threads} thread{'s' if threads != 1 else ''}")
+        return Backend(
+            "cpu", f"compiled kernels, {_C.cpu_isa()}, {threads} thread{'s' if threads != 1 else ''}"
+        )
     if device != "cuda":
         return Backend("reference", f"no kernels for {device} devices")
     if not _C.has_cuda:
