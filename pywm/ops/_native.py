@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import json
@@ -35,7 +36,7 @@ def _load() -> tuple[ModuleType | None, str]:
     if not _is_whole(Path(spec.origin)):
         return None, f"the compiled module is damaged ({spec.origin} ends too early); mend it with: {mend()}"
     try:
-        from pywm import _C as module
+        module = importlib.import_module("pywm._C")
     except ImportError as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return None, f"the compiled module does not load ({reason}); mend it with: {mend()}"
@@ -72,12 +73,13 @@ def _absence() -> str:
     foreign = [p.name for p in Path(__file__).parents[1].glob("_C.*") if p.suffix in (".so", ".pyd")]
     if foreign:
         wanted = sysconfig.get_config_var("EXT_SUFFIX")
-        return f"the compiled module is of another Python (found {', '.join(foreign)}, this one loads _C{wanted})"
+        found = ", ".join(sorted(foreign))
+        return f"the compiled module is of another Python (found {found}, this one loads _C{wanted})"
     return "no compiled module in this installation (it needs a C++ compiler, and PYWM_NO_EXT unset)"
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether an ELF file reaches to the end of its section table: loading a truncated one ends the process."""
+    """Whether an ELF file reaches to the end of its section table: loading a truncated one kills."""
     with contextlib.suppress(OSError, struct.error), path.open("rb") as file:
         header = file.read(64)
         if header[:6] != b"\x7fELF\x02\x01":  # another format; its loader knows better
@@ -118,8 +120,11 @@ def supports(x: Tensor) -> bool:
 def entry(name: str) -> Callable[..., Any]:
     """Return the fast entry of op ``name``: it serves the call or returns None."""
     if _C is None:
-        return lambda *arguments: None
-    kernel: Callable[..., Any] = getattr(_C, name)
+        return lambda *_: None
+    kernel: Callable[..., Any] | None = getattr(_C, name, None)
+    if kernel is None:
+        what = f"the compiled module has no {name}, for it was built from other sources"
+        raise ImportError(f"pywm: {what}; mend it with: {mend()}")
     return kernel
 
 
