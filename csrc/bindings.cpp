@@ -370,7 +370,7 @@ py::object gae(py::handle reward, py::handle value, py::handle next_value, py::h
 py::object wanted(Call& call, bool yes, py::handle like, void*& pointer) {
   if (yes) return call.like_first(pointer);
   void* unused = nullptr;
-  py::object empty = call.empty(like, py::make_tuple(py::make_tuple(0)), unused);
+  py::object empty = call.empty(like, py::make_tuple(0), unused);
   pointer = nullptr;
   return empty;
 }
@@ -484,7 +484,7 @@ py::object discounted_return_backward(py::handle grad, py::handle discount, py::
   py::object grad_reward = wanted(call, want_reward, grad, reward_data);
   py::object grad_discount = wanted(call, want_discount, grad, discount_data);
   py::object grad_bootstrap =
-      call.empty(grad, py::make_tuple(py::make_tuple(want_bootstrap ? call.size(1) : 0)), bootstrap_data);
+      call.empty(grad, py::make_tuple(want_bootstrap ? call.size(1) : 0), bootstrap_data);
   if (!call.ok()) return py::none();
   if (call.numel() > 0)
     by_dtype(call, [&]<typename S>() {
@@ -583,14 +583,14 @@ struct PpoTensors {
   }
 
   void outputs(Call& call, py::handle like, py::handle value_object, bool want_value, int64_t columns) {
-    loss = call.empty(like, py::make_tuple(py::tuple(0)), loss_data);
-    stats = call.empty(like, py::make_tuple(py::make_tuple(5)), stats_data);
+    loss = call.empty(like, py::tuple(0), loss_data);
+    stats = call.empty(like, py::make_tuple(5), stats_data);
     if (want_value) {
       py::tuple shape(value_object.attr("shape"));
-      grad_value = call.empty(like, py::make_tuple(shape), grad_value_data);
+      grad_value = call.empty(like, shape, grad_value_data);
     } else {
       void* unused;
-      grad_value = call.empty(like, py::make_tuple(py::make_tuple(0)), unused);
+      grad_value = call.empty(like, py::make_tuple(0), unused);
       grad_value_data = nullptr;
     }
     (void)columns;
@@ -669,7 +669,7 @@ py::object ppo_loss_gaussian(py::handle mean, py::handle log_std, py::handle act
   t.outputs(call, mean, value, want_value, shared && want_dist ? A : 0);
   void *mean_data, *log_std_data = nullptr;
   py::object grad_mean = wanted(call, want_dist, mean, mean_data);
-  py::object grad_log_std = shared ? call.empty(mean, py::make_tuple(py::make_tuple(want_dist ? A : 0)), log_std_data)
+  py::object grad_log_std = shared ? call.empty(mean, py::make_tuple(want_dist ? A : 0), log_std_data)
                                    : wanted(call, want_dist, mean, log_std_data);
   if (!want_dist) log_std_data = nullptr;
   if (!call.ok()) return py::none();

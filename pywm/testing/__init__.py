@@ -1,0 +1,1 @@
+"""What tests, benchmarks and the doctor share: the table of ops."""

@@ -1,0 +1,345 @@
+"""One table of all ops, read by the tests, the fuzzer, the benchmarks and ``pywm doctor``.
+
+A new op gets parity with the float64 reference, gradcheck, opcheck, compilation, strided and poisoned runs, the fuzzer and
+the benchmarks by its row in :data:`OPS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pywm import ops
+from pywm.distributions import Categorical, DiagGaussian, MultiCategorical
+from pywm.ops import _native
+
+__all__ = ["OPS", "OpInfo", "Sample"]
+
+
+@dataclass
+class Sample:
+    """Arguments of one call, by name; tensors inside distributions are named ``dist.logits`` and so on.
+
+    Attributes:
+        tensors: what can be strided, cast, poisoned, differentiated.
+        numbers: everything else.
+    """
+
+    tensors: dict[str, Tensor | None]
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    def map(self, fn: Callable[[str, Tensor], Tensor]) -> Sample:
+        """Apply ``fn(name, tensor)`` to every tensor."""
+        return Sample(
+            {k: None if x is None else fn(k, x) for k, x in self.tensors.items()}, dict(self.numbers)
+        )
+
+    def double(self) -> Sample:
+        """Return the sample in float64, detached."""
+        return self.map(lambda _, x: x.detach().double() if x.is_floating_point() else x)
+
+
+@dataclass(frozen=True)
+class OpInfo:
+    """What the generic tests and benchmarks need to know about an op.
+
+    Attributes:
+        name: its name in ``pywm.ops``.
+        call: calls the public function with a sample and returns its outputs as a flat tuple of tensors.
+        variants: builders of samples ``(shape, generator, dtype) -> Sample``, by what is special about them.
+        outputs: names of the outputs; the first ``differentiable_outputs`` carry gradients.
+        differentiable: names of the tensors with a gradient.
+        kernels: names under which its kernels count their calls, forward then backward.
+        shapes: test sizes; the first is small enough for gradcheck.
+        bench_shapes: sizes worth timing, by the workload they come from.
+        bytes_moved: least traffic to and from memory of a forward call in bytes, from a shape and an item size.
+        bytes_moved_backward: the same for a backward call with all gradients wanted.
+        devices: where compiled kernels exist.
+        tol: (rtol, atol) against the float64 reference, by dtype.
+    """
+
+    name: str
+    call: Callable[[Sample], tuple[Tensor, ...]]
+    variants: Mapping[str, Callable[[tuple[int, ...], torch.Generator, torch.dtype], Sample]]
+    outputs: tuple[str, ...]
+    differentiable: tuple[str, ...]
+    kernels: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    bench_shapes: Mapping[str, tuple[int, ...]]
+    bytes_moved: Callable[[tuple[int, ...], int], int]
+    bytes_moved_backward: Callable[[tuple[int, ...], int], int]
+    differentiable_outputs: int = 1
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    tol: Mapping[torch.dtype, tuple[float, float]] = field(
+        default_factory=lambda: {torch.float32: (2e-5, 2e-5), torch.float64: (1e-11, 1e-11)}
+    )
+
+    def sample(
+        self,
+        shape: tuple[int, ...],
+        variant: str = "plain",
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> Sample:
+        """Build the arguments of a call."""
+        generator = torch.Generator().manual_seed(seed)
+        return self.variants[variant](shape, generator, dtype).map(lambda _, x: x.to(device))
+
+    def op(self, sample: Sample) -> tuple[Tensor, ...]:
+        """Call the op as users do."""
+        return self.call(sample)
+
+    def reference(self, sample: Sample) -> tuple[Tensor, ...]:
+        """Call the op with compiled kernels switched off: its definition in plain PyTorch."""
+        with _native.disabled():
+            return self.call(sample)
+
+
+def _scan_call(
+    op: Callable[..., Any], positional: int, several: bool
+) -> Callable[[Sample], tuple[Tensor, ...]]:
+    def call(sample: Sample) -> tuple[Tensor, ...]:
+        tensors = list(sample.tensors.items())
+        keyword = {k: x for k, x in tensors[positional:] if x is not None}
+        result = op(*(x for _, x in tensors[:positional]), **keyword, **sample.numbers)
+        return tuple(result) if several else (result,)
+
+    return call
+
+
+def _mask(shape: tuple[int, ...], g: torch.Generator, share: float) -> Tensor:
+    return torch.rand(shape, generator=g) < share
+
+
+def _gae(masked: bool) -> Callable[..., Sample]:
+    def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+        reward, value, next_value = torch.randn(3, *shape, generator=g, dtype=dtype)
+        tensors = {
+            "reward": reward,
+            "value": value,
+            "next_value": next_value,
+            "terminated": _mask(shape, g, 0.1),
+            "truncated": _mask(shape, g, 0.1),
+        }
+        if masked:
+            tensors["valid"] = _mask(shape, g, 0.8)
+        return Sample({k: x.clone() for k, x in tensors.items()}, {"discount": 0.97, "lam": 0.9})
+
+    return build
+
+
+def _lambda_return(rows: bool, masked: bool) -> Callable[..., Sample]:
+    def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+        reward, next_value = torch.randn(2, *shape, generator=g, dtype=dtype)
+        discount = 0.99 * (1 - _mask(shape, g, 0.1).to(dtype))
+        sample = Sample(
+            {"reward": reward.clone(), "discount": discount, "next_value": next_value.clone()}, {"lam": 0.95}
+        )
+        if rows:
+            del sample.numbers["lam"]
+            sample.tensors["lam"] = torch.rand(shape, generator=g, dtype=dtype)
+        if masked:
+            sample.tensors["valid"] = _mask(shape, g, 0.8)
+        return sample
+
+    return build
+
+
+def _discounted_return(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+    reward = torch.randn(shape, generator=g, dtype=dtype)
+    discount = 0.99 * (1 - _mask(shape, g, 0.1).to(dtype))
+    return Sample(
+        {
+            "reward": reward,
+            "discount": discount,
+            "bootstrap": torch.randn(shape[1], generator=g, dtype=dtype),
+        }
+    )
+
+
+def _vtrace(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+    log_ratio, reward, value, next_value = torch.randn(4, *shape, generator=g, dtype=dtype)
+    tensors = {
+        "log_ratio": 0.5 * log_ratio,
+        "reward": reward.clone(),
+        "discount": 0.99 * (1 - _mask(shape, g, 0.1).to(dtype)),
+        "value": value.clone(),
+        "next_value": next_value.clone(),
+        "truncated": _mask(shape, g, 0.1),
+    }
+    return Sample({**tensors}, {"lam": 0.9, "rho_clip": 1.2, "c_clip": 1.1})
+
+
+def _ppo_rows(
+    rows: tuple[int, ...], g: torch.Generator, dtype: torch.dtype, masked: bool, clipped: bool
+) -> Sample:
+    old_log_prob, advantage, value, returns, old_value = torch.randn(5, *rows, generator=g, dtype=dtype)
+    tensors: dict[str, Tensor | None] = {
+        "old_log_prob": 0.3 * old_log_prob - 1,
+        "advantage": advantage.clone(),
+        "value": value.clone(),
+        "returns": returns.clone(),
+    }
+    numbers: dict[str, Any] = {"clip": 0.2, "value_coef": 0.7, "entropy_coef": 0.05}
+    if clipped:
+        tensors["old_value"] = value + 0.3 * old_value
+        numbers["value_clip"] = 0.2
+    if masked:
+        tensors["valid"] = _mask(rows, g, 0.7)
+        numbers["normalize_advantage"] = True
+    return Sample(tensors, numbers)
+
+
+def _ppo_categorical(masked: bool = False, clipped: bool = False) -> Callable[..., Sample]:
+    def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+        *rows, A = shape
+        sample = _ppo_rows(tuple(rows), g, dtype, masked, clipped)
+        logits = torch.randn(shape, generator=g, dtype=dtype)
+        action = torch.randint(A, tuple(rows), generator=g)
+        return Sample({"dist.logits": logits, "action": action, **sample.tensors}, sample.numbers)
+
+    return build
+
+
+def _ppo_multi(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+    *rows, A = shape
+    sample = _ppo_rows(tuple(rows), g, dtype, False, False)
+    nvec = (A, 2, 3)
+    logits = torch.randn(*rows, sum(nvec), generator=g, dtype=dtype)
+    action = torch.stack([torch.randint(n, tuple(rows), generator=g) for n in nvec], -1)
+    return Sample(
+        {"dist.logits": logits, "action": action, **sample.tensors}, {**sample.numbers, "nvec": nvec}
+    )
+
+
+def _ppo_gaussian(shared: bool, masked: bool = False) -> Callable[..., Sample]:
+    def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+        *rows, A = shape
+        sample = _ppo_rows(tuple(rows), g, dtype, masked, False)
+        mean = torch.randn(shape, generator=g, dtype=dtype)
+        log_std = 0.3 * torch.randn((A,) if shared else shape, generator=g, dtype=dtype)
+        action = mean + 0.8 * torch.randn(shape, generator=g, dtype=dtype)
+        # Log-probabilities near the new policy's, so that some ratios are clipped and some are not.
+        old = DiagGaussian(mean, log_std).log_prob(action)
+        sample.tensors["old_log_prob"] = old + 0.3 * torch.randn(tuple(rows), generator=g, dtype=dtype)
+        return Sample(
+            {"dist.mean": mean, "dist.log_std": log_std, "action": action, **sample.tensors}, sample.numbers
+        )
+
+    return build
+
+
+def _ppo_call(sample: Sample) -> tuple[Tensor, ...]:
+    tensors, numbers = dict(sample.tensors), dict(sample.numbers)
+    dist: Categorical | MultiCategorical | DiagGaussian
+    if "dist.mean" in tensors:
+        dist = DiagGaussian(tensors.pop("dist.mean"), tensors.pop("dist.log_std"))  # type: ignore[arg-type]
+    elif "nvec" in numbers:
+        dist = MultiCategorical(tensors.pop("dist.logits"), numbers.pop("nvec"))  # type: ignore[arg-type]
+    else:
+        dist = Categorical(tensors.pop("dist.logits"))  # type: ignore[arg-type]
+    loss, stats = ops.ppo_loss(dist, **tensors, **numbers)  # type: ignore[arg-type]
+    return loss, *stats
+
+
+_SCAN_SHAPES = ((5, 3), (1, 1), (16, 1), (1, 257), (15, 0), (64, 129), (300, 5), (7, 1030))
+_SCAN_BENCH = {
+    "ppo_cartpole": (32, 8),
+    "ppo_atari": (128, 8),
+    "ppo_wide": (128, 64),
+    "dreamer_replay": (64, 16),
+    "dreamer_imagine": (15, 1024),
+    "imagine_wide": (15, 16384),
+    "brax": (256, 1024),
+    "long": (2048, 1),
+    "dram": (1024, 4096),
+}
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    return shape[0] * shape[1]
+
+
+OPS: tuple[OpInfo, ...] = (
+    OpInfo(
+        name="gae",
+        call=_scan_call(ops.gae, 5, several=True),
+        variants={"plain": _gae(False), "valid": _gae(True)},
+        outputs=("advantage", "returns"),
+        differentiable=("reward", "value", "next_value"),
+        kernels=("gae", "gae_backward"),
+        shapes=_SCAN_SHAPES,
+        bench_shapes=_SCAN_BENCH,
+        bytes_moved=lambda shape, item: _elements(shape) * (5 * item + 2),
+        bytes_moved_backward=lambda shape, item: _elements(shape) * (5 * item + 2),
+        differentiable_outputs=2,
+    ),
+    OpInfo(
+        name="lambda_return",
+        call=_scan_call(ops.lambda_return, 3, several=False),
+        variants={
+            "plain": _lambda_return(False, False),
+            "rows": _lambda_return(True, False),
+            "valid": _lambda_return(False, True),
+            "rows_valid": _lambda_return(True, True),
+        },
+        outputs=("returns",),
+        differentiable=("reward", "discount", "next_value"),
+        kernels=("lambda_return", "lambda_return_backward"),
+        shapes=_SCAN_SHAPES,
+        bench_shapes=_SCAN_BENCH,
+        bytes_moved=lambda shape, item: _elements(shape) * 4 * item,
+        bytes_moved_backward=lambda shape, item: _elements(shape) * 7 * item,
+    ),
+    OpInfo(
+        name="discounted_return",
+        call=_scan_call(ops.discounted_return, 3, several=False),
+        variants={"plain": _discounted_return},
+        outputs=("returns",),
+        differentiable=("reward", "discount", "bootstrap"),
+        kernels=("discounted_return", "discounted_return_backward"),
+        shapes=_SCAN_SHAPES,
+        bench_shapes=_SCAN_BENCH,
+        bytes_moved=lambda shape, item: _elements(shape) * 3 * item,
+        bytes_moved_backward=lambda shape, item: _elements(shape) * 5 * item,
+    ),
+    OpInfo(
+        name="vtrace",
+        call=_scan_call(ops.vtrace, 6, several=True),
+        variants={"plain": _vtrace},
+        outputs=("target", "advantage"),
+        differentiable=("reward", "discount", "value", "next_value"),
+        kernels=("vtrace", "vtrace_backward"),
+        shapes=_SCAN_SHAPES,
+        bench_shapes={"impala": (20, 256), "long": (100, 32)},
+        bytes_moved=lambda shape, item: _elements(shape) * (8 * item + 1),
+        bytes_moved_backward=lambda shape, item: _elements(shape) * (10 * item + 1),
+        differentiable_outputs=2,
+        devices=("cpu",),
+    ),
+    OpInfo(
+        name="ppo_loss",
+        call=_ppo_call,
+        variants={
+            "plain": _ppo_categorical(),
+            "valid_clipped": _ppo_categorical(masked=True, clipped=True),
+            "multi": _ppo_multi,
+            "gaussian": _ppo_gaussian(shared=True),
+            "gaussian_valid": _ppo_gaussian(shared=True, masked=True),
+            "gaussian_rows_valid": _ppo_gaussian(shared=False, masked=True),
+        },
+        outputs=("loss", "policy_loss", "value_loss", "entropy", "clip_fraction", "approx_kl"),
+        differentiable=("dist.logits", "dist.mean", "dist.log_std", "value"),
+        kernels=("ppo_loss_categorical", "ppo_loss_gaussian"),
+        shapes=((6, 3), (1, 1), (1, 4), (2, 70), (0, 3), (257, 2), (1300, 6), (4, 33, 5), (3,)),
+        bench_shapes={"cartpole": (256, 2), "atari": (1024, 18), "wide": (32768, 6)},
+        bytes_moved=lambda shape, item: shape[0] * (item * (2 * shape[1] + 5) + 8),
+        bytes_moved_backward=lambda shape, item: shape[0] * item * 2 * (shape[1] + 1),
+        tol={torch.float32: (3e-5, 3e-5), torch.float64: (1e-10, 1e-10)},
+    ),
+)
