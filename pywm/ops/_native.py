@@ -40,9 +40,7 @@ def _load() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return None, f"the compiled module does not load ({reason}); mend it with: {mend()}"
-    except (
-        Exception
-    ) as error:  # a setting the module refuses, such as an unknown PYWM_CPU_ISA, is the user's to mend
+    except Exception as error:  # a setting that the module refuses, such as an unknown PYWM_CPU_ISA
         raise type(error)(f"pywm: {error}") from None
     found = getattr(module, "__version__", None)
     if found != __version__:
