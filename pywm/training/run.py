@@ -333,8 +333,6 @@ class Run:
             if isinstance(error, OSError) and not isinstance(error, UserError):
                 raise UserError(f"cannot use the run directory {folder}: {error}") from error
             raise
-        where = f"resumed at {run.resumed.step:,} env steps" if run.resumed else "started"
-        log.info("%s: %s", folder, where)
         return run
 
     # What a training loop calls.
@@ -506,6 +504,8 @@ class Run:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._on_signal)
+        where = f"resumed at {self.resumed.step:,} env steps" if self.resumed else "started"
+        log.info("%s: %s", self.dir, where)
         return self
 
     def __exit__(

@@ -39,13 +39,20 @@ class Process:
             os.kill(self.pid, number)
 
     def err(self) -> str:
-        return self._err.read_text()
+        return self._err.read_text() if self._err.exists() else ""
 
     def wait_for(self, path: Path, seconds: float = 30.0) -> None:
         """Wait until a file exists and is not empty."""
         deadline = time.monotonic() + seconds
         while not (path.exists() and path.stat().st_size):
             assert time.monotonic() < deadline, f"{path} did not appear:\n{self.err()}"
+            time.sleep(0.002)
+
+    def wait_for_text(self, text: str, seconds: float = 30.0) -> None:
+        """Wait until stderr contains ``text``."""
+        deadline = time.monotonic() + seconds
+        while text not in self.err():
+            assert time.monotonic() < deadline, f"{text!r} did not appear:\n{self.err()}"
             time.sleep(0.002)
 
     def wait(self, seconds: float = 60.0) -> Result:
