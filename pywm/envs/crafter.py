@@ -16,8 +16,8 @@ __all__ = ["Crafter"]
 class Crafter(gymnasium.Env):
     """Crafter, whose own class is older than gymnasium, with terminated (death) apart from truncated (time).
 
-    The same seed gives the same world, but not always the same run: Crafter keeps its creatures in sets, whose
-    order is that of their addresses.
+    The same seed gives the same world, but not always the same run: Crafter keeps its creatures in sets,
+    whose order is that of their addresses.
 
     Args:
         task: ``"reward"`` or ``"noreward"``.

@@ -1,0 +1,209 @@
+"""What ``make`` accepts, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from pywm.envs import Envs, make
+from pywm.envs.toy import Counter, Match, Truncation
+from pywm.errors import EnvError, MissingExtra, UserError
+
+
+def play(envs: Envs, steps: int = 6) -> None:
+    envs.reset()
+    space = envs.action_space
+    for _ in range(steps):
+        envs.step(np.zeros((envs.num_envs, *(space.shape or ())), dtype=space.dtype))
+
+
+def test_callables_with_arguments_and_a_time_limit() -> None:
+    envs = make(Counter, 2, env_kwargs={"length": 9}, max_episode_steps=4)
+    play(envs, 4)
+    assert [episode.length for episode in envs.episodes()] == [4, 4]
+    assert envs.name == "Counter"
+    assert make(lambda: Match("box")).action_space.shape == (2,)
+
+
+def test_the_time_limit_of_an_id_can_be_changed() -> None:
+    envs = make("CartPole-v1", 1, max_episode_steps=5)
+    play(envs, 5)
+    assert envs.episodes()[0].length == 5
+    envs = make("pywm/Truncation-v0", 1)
+    play(envs, 5)
+    assert envs.episodes()[0].length == 5
+
+
+def test_vector_environments_are_taken_as_they_are() -> None:
+    vector = SyncVectorEnv([Truncation] * 3, autoreset_mode=AutoresetMode.NEXT_STEP)
+    assert make(vector).num_envs == 3
+    assert make(make(vector), 3).env is vector
+    with pytest.raises(UserError, match="num_envs is 2, but expected 3"):
+        make(vector, 2)
+
+
+def test_the_seed_of_make_is_that_of_the_first_reset() -> None:
+    np.testing.assert_array_equal(make("CartPole-v1", 2, seed=4).reset(), make("CartPole-v1", 2).reset(4))
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    for name in [name for name in sys.modules if name.startswith("someones_pkg")]:
+        monkeypatch.delitem(sys.modules, name)
+    return tmp_path
+
+
+def test_a_package_in_the_working_directory_registers_its_environment(package: Path) -> None:
+    (package / "someones_pkg.py").write_text(
+        "import gymnasium\n"
+        "gymnasium.register('someones/Env-v0', entry_point='pywm.envs.toy:Counter', max_episode_steps=2)\n"
+    )
+    envs = make("someones_pkg:someones/Env-v0", 2)
+    play(envs, 2)
+    assert len(envs.episodes()) == 2
+    assert "" not in sys.path
+
+
+def test_a_class_of_a_module_needs_no_registration(package: Path) -> None:
+    (package / "someones_pkg_2.py").write_text("from pywm.envs.toy import Counter as MyEnv\n")
+    play(make("someones_pkg_2:MyEnv", 2, env_kwargs={"length": 5}))
+
+
+def test_a_missing_module_is_named(package: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"module 'someones_pkg_3' of 'someones_pkg_3:Env-v0' cannot be found"
+    ):
+        make("someones_pkg_3:Env-v0")
+
+
+@pytest.mark.parametrize("line", ["import not_there_at_all", "raise RuntimeError('broken inside')"])
+def test_a_module_that_fails_is_an_error_of_the_environment(package: Path, line: str) -> None:
+    (package / "someones_pkg_4.py").write_text(line + "\n")
+    with pytest.raises(
+        EnvError, match=r"importing 'someones_pkg_4' raised .*(not_there_at_all|broken inside)"
+    ):
+        make("someones_pkg_4:Env-v0")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("CartPol-v1", "CartPole-v1"),
+        ("cartpole", "CartPole-v1"),
+        ("LunarLander-v9", "LunarLander-v3"),
+        ("pywm/Count-v0", "pywm/Counter-v0"),
+    ],
+)
+def test_an_unknown_id_lists_the_three_closest(name: str, expected: str) -> None:
+    with pytest.raises(UserError, match=rf"No env '{name}'. The closest are .*{expected}") as info:
+        make(name)
+    closest = str(info.value).split("closest are ")[1].split(". Write")[0]
+    assert len(closest.split(", ")) == 3
+
+
+@pytest.mark.parametrize(
+    ("env_id", "module", "extra"),
+    [
+        ("ALE/Pong-v5", "ale_py", "atari"),
+        ("dmc:walker_walk", "dm_control.suite", "dmc"),
+        ("crafter:reward", "crafter", "crafter"),
+        ("MiniGrid-Empty-5x5-v0", "minigrid", "minigrid"),
+        ("LunarLander-v3", "Box2D", "box2d"),
+        ("Hopper-v5", "mujoco", "mujoco"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(
+    env_id: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    for name in [
+        name for name in sys.modules if name.startswith(("gymnasium.envs.box2d", "gymnasium.envs.mujoco"))
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(MissingExtra, match=rf'pip install "pywm\[{extra}\]"') as info:
+        make(env_id)
+    assert info.value.exit_code == 2
+
+
+def test_drawing_without_the_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    envs = make("CartPole-v1", 1, render_mode="rgb_array")
+    envs.reset()
+    monkeypatch.setitem(sys.modules, "pygame", None)
+    with pytest.raises(MissingExtra, match=r'pip install "pywm\[classic\]"'):
+        envs.render()
+
+
+def test_pictures_are_drawn_of_one_environment() -> None:
+    envs = make("pywm/Match-v0", 2, render_mode="rgb_array", env_kwargs={"obs": "image"})
+    obs = envs.reset()
+    assert isinstance(obs, np.ndarray)
+    frame = envs.render(1)
+    assert frame is not None
+    np.testing.assert_array_equal(frame, obs[1].transpose(1, 2, 0))
+    assert make("CartPole-v1").render() is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:pygame")
+def test_cartpole_can_be_drawn() -> None:
+    pytest.importorskip("pygame")
+    envs = make("CartPole-v1", 2, render_mode="rgb_array")
+    envs.reset()
+    frame = envs.render()
+    assert frame is not None
+    assert frame.shape == (400, 600, 3)
+    envs.close()
+
+
+def test_bad_arguments_are_refused() -> None:
+    with pytest.raises(UserError, match="num_envs is 0"):
+        make("CartPole-v1", 0)
+    with pytest.raises(UserError, match="expected an id, a callable or a gymnasium VectorEnv"):
+        make(3)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"returned a SyncVectorEnv, but expected a gymnasium\.Env"):
+        make(lambda: SyncVectorEnv([Counter]))  # type: ignore[arg-type, return-value]
+    with pytest.raises(EnvError, match=r"Counter raised TypeError while it was built: .*'nonsense'"):
+        make(Counter, env_kwargs={"nonsense": 1})
+
+
+def test_box2d_loads_where_warnings_are_errors() -> None:
+    pytest.importorskip("pygame")
+    envs = make("LunarLander-v3", 2)
+    play(envs)
+    assert not envs.restorable
+    envs.close()
+
+
+def test_every_gymnasium_environment_here_runs() -> None:
+    for env_id in ("Acrobot-v1", "MountainCar-v0", "Pendulum-v1", "FrozenLake-v1"):
+        envs = make(env_id, 2)
+        play(envs)
+        assert isinstance(envs.observation_space, gymnasium.spaces.Box)
+        envs.close()
+
+
+def test_the_toys_pay_what_they_promise() -> None:
+    actions: dict[str, Any] = {
+        "discrete": lambda obs: obs.argmax(1),
+        "multi_discrete": lambda obs: np.stack([obs[:, :3].argmax(1), obs[:, 3:].argmax(1)], axis=1),
+        "box": lambda obs: obs,
+    }
+    for action, policy in actions.items():
+        envs = make("pywm/Match-v0", 2, env_kwargs={"action": action})
+        obs = envs.reset()
+        for _ in range(8):
+            obs = envs.step(policy(obs)).obs
+        assert [episode.return_ for episode in envs.episodes()] == pytest.approx([8.0, 8.0], abs=1e-6)
+    with pytest.raises(UserError, match="Match: obs is 'sound'"):
+        Match(obs="sound")
+    with pytest.raises(UserError, match="Match: action is 'dance'"):
+        Match(action="dance")
+    with pytest.raises(UserError, match="Counter: end is 'never'"):
+        Counter(end="never")
