@@ -17,7 +17,9 @@ __all__ = ["Categorical", "DiagGaussian", "MultiCategorical"]
 
 def _choose(logits: Tensor, uniform: Tensor) -> Tensor:
     cdf = torch.softmax(logits.float(), -1).cumsum(-1)
-    return (cdf <= uniform.unsqueeze(-1) * cdf[..., -1:]).sum(-1).clamp_(max=logits.shape[-1] - 1)
+    # Scaled by the last sum, which rounding may leave below 1: a class with probability 0 is never chosen.
+    index = torch.searchsorted(cdf, uniform.unsqueeze(-1) * cdf[..., -1:], right=True)
+    return index.squeeze(-1).clamp_(max=logits.shape[-1] - 1)
 
 
 def _entropy(logits: Tensor) -> Tensor:
@@ -127,9 +129,7 @@ class DiagGaussian:
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw an action, ``[..., A]``; not clipped to any action space."""
         mean = self.mean
-        return self.choose(
-            torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-        )
+        return self.choose(torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype))
 
     def choose(self, noise: Tensor) -> Tensor:
         """Return the action, ``[..., A]``, that standard normal numbers ``[..., A]`` pick."""

@@ -31,7 +31,10 @@ def define(schema: str, fake: Callable[..., Any], kernel: Callable[..., Any], cu
 
 
 def differentiate(
-    name: str, setup_context: Callable[..., None], backward: Callable[..., Any], backward_op: str | None = None
+    name: str,
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    backward_op: str | None = None,
 ) -> None:
     """Register the backward of op ``name``; differentiating ``backward_op`` raises instead of giving zeros."""
     torch.library.register_autograd(f"pywm::{name}", backward, setup_context=setup_context, lib=_library)
@@ -83,7 +86,9 @@ def plain_mask(x: Tensor | None) -> Tensor | None:
 def served(result: Any, name: str) -> Any:
     """Return what the kernel returned; None would mean that the checks let something through."""
     if result is None:
-        raise RuntimeError(f"pywm.{name}: the kernel declined inputs that passed the checks; please report this")
+        raise RuntimeError(
+            f"pywm.{name}: the kernel declined inputs that passed the checks; please report this"
+        )
     return result
 
 

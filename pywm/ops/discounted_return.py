@@ -81,9 +81,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _autograd(ctx: Any, grad: Tensor) -> Any:
     wanted = list(ctx.needs_input_grad)
-    return gradients(
-        wanted, torch.ops.pywm.discounted_return_backward(grad, *ctx.saved_tensors, wanted)
-    )
+    return gradients(wanted, torch.ops.pywm.discounted_return_backward(grad, *ctx.saved_tensors, wanted))
 
 
 define("discounted_return(Tensor reward, Tensor discount, Tensor bootstrap) -> Tensor", _fake, _forward)

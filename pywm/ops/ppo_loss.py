@@ -125,7 +125,13 @@ def ppo_loss(
             dist, action, constants, clip, value_clip, value_coef, entropy_coef, normalize_advantage
         )
         return PPOLoss(loss, PPOStats(*stats.unbind()))
-    numbers = (clip, -1.0 if value_clip is None else value_clip, value_coef, entropy_coef, normalize_advantage)
+    numbers = (
+        clip,
+        -1.0 if value_clip is None else value_clip,
+        value_coef,
+        entropy_coef,
+        normalize_advantage,
+    )
     want_value = value.requires_grad
     if isinstance(dist, DiagGaussian):
         want = dist.mean.requires_grad or dist.log_std.requires_grad
@@ -350,7 +356,9 @@ def _autograd_gaussian(ctx: Any, grad: Tensor | None, *unused: Any) -> Any:
     )  # fmt: skip
 
 
-_COMMON = "Tensor old_log_prob, Tensor advantage, Tensor value, Tensor returns, Tensor? old_value, Tensor? valid, "
+_COMMON = (
+    "Tensor old_log_prob, Tensor advantage, Tensor value, Tensor returns, Tensor? old_value, Tensor? valid, "
+)
 _NUMBERS = "float clip, float value_clip, float value_coef, float entropy_coef, bool normalize_advantage, "
 define(
     f"ppo_loss_categorical(Tensor logits, int[] nvec, Tensor action, {_COMMON}{_NUMBERS}bool grouped, bool[] wanted) "

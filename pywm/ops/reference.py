@@ -46,6 +46,10 @@ def lambda_return(
     """See :func:`pywm.ops.lambda_return`."""
     lam = lam.detach() if isinstance(lam, Tensor) else torch.full_like(reward, lam, requires_grad=False)
     valid = torch.ones_like(reward, dtype=torch.bool) if valid is None else valid != 0
+    # An invalid row may hold anything: harmless inputs before any arithmetic, so that no NaN reaches a gradient.
+    reward, discount, next_value, lam = (
+        x.masked_fill(~valid, 0) for x in (reward, discount, next_value, lam)
+    )
     next_return = next_value[-1]
     returns = []
     for t in range(len(reward) - 1, -1, -1):

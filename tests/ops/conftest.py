@@ -7,7 +7,9 @@ from pywm.ops import _native
 
 
 def available_devices():
-    return [d for d in ("cpu", "cuda") if _native.has_backend(d) and (d == "cpu" or torch.cuda.is_available())]
+    return [
+        d for d in ("cpu", "cuda") if _native.has_backend(d) and (d == "cpu" or torch.cuda.is_available())
+    ]
 
 
 def pytest_generate_tests(metafunc):

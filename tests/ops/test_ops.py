@@ -24,9 +24,7 @@ def leaves(info, sample):
 
 
 def with_grad(info, sample):
-    return sample.map(
-        lambda k, x: x.detach().clone().requires_grad_() if k in info.differentiable else x
-    )
+    return sample.map(lambda k, x: x.detach().clone().requires_grad_() if k in info.differentiable else x)
 
 
 def forward_and_gradients(info, fn, sample):
@@ -57,10 +55,14 @@ def skip_without_kernel(info, device):
 def compare(info, got, want, dtype):
     rtol, atol = info.tol[dtype]
     for name, g, w in zip(info.outputs, got[0], want[0], strict=True):
-        torch.testing.assert_close(g.detach().cpu(), w.detach().to(dtype), rtol=rtol, atol=atol, msg=lambda m: f"{name}: {m}")  # noqa: B023
+        torch.testing.assert_close(
+            g.detach().cpu(), w.detach().to(dtype), rtol=rtol, atol=atol, msg=lambda m: f"{name}: {m}"
+        )  # noqa: B023
     names = [k for k in info.differentiable]
     for name, g, w in zip(names, got[1], want[1], strict=False):
-        torch.testing.assert_close(g.cpu(), w.to(dtype), rtol=rtol, atol=atol, msg=lambda m: f"grad of {name}: {m}")  # noqa: B023
+        torch.testing.assert_close(
+            g.cpu(), w.to(dtype), rtol=rtol, atol=atol, msg=lambda m: f"grad of {name}: {m}"
+        )  # noqa: B023
 
 
 @cases
@@ -130,7 +132,9 @@ def test_opcheck(info, variant, device):
         forward_and_gradients(info, info.op, sample)
     assert len(recorder.seen) >= 2
     for func, args in recorder.seen:
-        torch.library.opcheck(func, args)
+        if "backward" in func.name():  # differentiable once: its own derivative raises, as another test shows
+            args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+        torch.library.opcheck(func, tuple(args))
 
 
 @cases
