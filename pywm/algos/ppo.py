@@ -292,6 +292,7 @@ class Agent:
         policy: the networks; their parameters are views of ``parameters.data``.
         parameters: all parameters as one flat buffer.
         normalizer: running statistics of the observations, or None.
+        obs_slots: shape and dtype in which an observation of each key is stored; pictures stay uint8.
     """
 
     def __init__(
@@ -306,21 +307,18 @@ class Agent:
         weights_seed, actions_seed = _seeds(config.seed)[:2]
         self._is_dict = isinstance(observation_space, spaces.Dict)
         parts = _obs_parts(observation_space)
-        self._vector_keys = split_keys(observation_space).vector
+        keys = split_keys(observation_space)
         generator = torch.Generator().manual_seed(weights_seed)
         self.policy = Policy(config, observation_space, ActionHead(action_space), generator).to(self.device)
         self.parameters = FlatParameters(self.policy)
         self.normalizer = (
-            ObsNormalizer({key: parts[key].shape for key in self._vector_keys})
-            if config.normalize_obs
-            else None
+            ObsNormalizer({key: parts[key].shape for key in keys.vector}) if config.normalize_obs else None
         )
-        self.obs_slots = {key: self._slot(key, space) for key, space in parts.items()}
+        self.obs_slots = {
+            key: Slot(part_.shape, torch.uint8 if key in keys.image else torch.float32)
+            for key, part_ in parts.items()
+        }
         self._generator = torch.Generator(self.device).manual_seed(actions_seed)
-
-    def _slot(self, key: str, space: spaces.Box) -> Slot:
-        keep = space.dtype == np.uint8 and not (self.normalizer and key in self._vector_keys)
-        return Slot(space.shape, torch.uint8 if keep else torch.float32)
 
     def act(self, obs: Obs, state: Any = None, *, greedy: bool = False) -> tuple[np.ndarray, Any]:
         """Choose an action for each environment; the normaliser's statistics stay as they are.
@@ -525,10 +523,11 @@ class Learner:
         encoder, actor, head = policy.encoder, policy.actor, policy.head
         env_phase = run.phase("env")
         rollout.restart()
+        bare = policy.encoder.passes  # the only key there is, when it needs no encoding
         noise = head.noise((rollout.num_steps, rollout.num_envs), self._noise).unbind()
         features, outputs, actions = [], [], []
         for t in range(rollout.num_steps):
-            features.append(encoder(rollout.rows[t]))
+            features.append(encoder(rollout.rows[t]) if bare is None else rollout.rows[t][bare])
             outputs.append(actor(features[t]))
             actions.append(head.dist(outputs[t], policy.log_std).choose(noise[t]))
             with env_phase:

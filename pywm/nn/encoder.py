@@ -26,6 +26,7 @@ class Encoder(nn.Module):
 
     Attributes:
         size: number of features ``F``.
+        passes: the key that is handed back as it is where it is the only one, a float32 vector; None otherwise.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class Encoder(nn.Module):
         self.cnns = nn.ModuleList(
             NatureCNN(shape, width=width, generator=generator) for shape in images.values()
         )
+        only = self.vector_keys[0] if len(vectors) == 1 and not images else None
+        self.passes = only if only is not None and len(vectors[only]) == 1 else None
         self.size = width * len(images) + sum(math.prod(shape) for shape in vectors.values())
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:

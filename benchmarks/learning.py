@@ -1,0 +1,144 @@
+"""Train PPO on real environments with several seeds, and record what came of it.
+
+    python benchmarks/learning.py CartPole-v1 Pendulum-v1 --seeds 5
+    python benchmarks/learning.py LunarLander-v3 --seeds 5 --out docs/results/ppo
+
+For every environment: ``<out>/<env>.json`` (settings, versions, machine; for each seed the wall time of the training and the
+returns of 20 greedy episodes; the learning curve) and ``<out>/<env>.png``. The runs themselves stay below ``--runs``.
+A threshold that is missed makes the command fail.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import tyro
+
+from pywm.algos import ppo
+from pywm.config import Preset, to_json
+from pywm.envs import make
+from pywm.training import machine, report
+from pywm.training.evaluate import evaluate
+from pywm.training.log import read_metrics
+from pywm.training.run import Run, RunOptions
+
+EPISODES = 20
+# Far from the seeds of training, which start at 0.
+EVALUATION_SEED = 1_000_000
+
+
+class Goal(NamedTuple):
+    """What counts as learned: in at least ``share`` of the seeds, ``score`` on average within ``seconds``."""
+
+    score: float
+    share: float
+    seconds: float = float("inf")
+
+
+GOALS = {
+    "CartPole-v1": Goal(475, 0.8, seconds=60),
+    "Pendulum-v1": Goal(-250, 1.0),
+    "LunarLander-v3": Goal(200, 1.0),
+    "Acrobot-v1": Goal(-100, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train PPO's presets with several seeds and record the results."""
+
+    envs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Environments, each with the preset that suits it."""
+    seeds: int = 5
+    """Train with seeds 0, 1, ..."""
+    first_seed: int = 0
+    """Begin with this one instead."""
+    steps: int | None = None
+    """Environment steps, in place of the preset's."""
+    out: str = "docs/results/ppo"
+    """Where the JSON and the pictures go."""
+    runs: str = "runs/learning"
+    """Where the runs go."""
+
+
+def main(options: Options) -> int:
+    missed = 0
+    for env in options.envs:
+        name, preset = next(((n, p) for n, p in ppo.PRESETS.items() if p.suits(env)), (None, None))
+        if preset is None:
+            raise SystemExit(f"no preset suits {env}: choose from {[p.envs for p in ppo.PRESETS.values()]}")
+        missed += not learn(env, name, preset, options)
+    return 1 if missed else 0
+
+
+def learn(env: str, name: str, preset: Preset, options: Options) -> bool:
+    """Train all seeds of one environment; say whether its goal was met."""
+    config = ppo.Config(**preset.config)
+    if options.steps is not None:
+        config = replace(config, steps=options.steps)
+    folder = Path(options.runs) / env.replace("/", "_")
+    rows = []
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        rows.append(row := train(env, replace(config, seed=seed), folder / str(seed)))
+        print(
+            f"{env} seed {seed}: {row['return_mean']:.1f} ± {row['return_std']:.1f} after {row['steps']} steps, "
+            f"{row['seconds']:.1f} s ({row['steps'] / row['seconds']:.0f} steps/s)",
+            flush=True,
+        )
+    goal = GOALS.get(env)
+    reached = True
+    if goal is not None:
+        good = [row["return_mean"] >= goal.score and row["seconds"] <= goal.seconds for row in rows]
+        reached = np.mean(good) >= goal.share
+        print(f"{env}: {sum(good)} of {len(good)} seeds reached {goal.score:g}", "" if reached else "MISSED")
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    stem = env.replace("/", "_")
+    result = {
+        "algorithm": "ppo",
+        "env": env,
+        "preset": name,
+        "config": to_json(config),
+        "goal": goal._asdict() | {"seconds": min(goal.seconds, 1e9)} if goal else None,
+        "episodes": EPISODES,
+        "machine": machine.facts(),
+        "threads": 1,
+        "seeds": rows,
+    }
+    (out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+    report.plot([folder / str(row["seed"]) for row in rows], out / f"{stem}.png")
+    return bool(reached)
+
+
+def train(env: str, config: ppo.Config, folder: Path) -> dict[str, Any]:
+    """Train one seed in a run of its own and play greedy episodes with the result."""
+    options = RunOptions(run_dir=str(folder), fresh=True, progress="off", checkpoint_every=max(config.steps // 4, 1))
+    with Run.open(
+        options, algo="ppo", env=env, seed=config.seed, config=to_json(config), total_steps=config.steps
+    ) as run:
+        start = time.perf_counter()
+        agent = ppo.train(config, env, run=run)
+        seconds = time.perf_counter() - start
+    envs = make(env, EPISODES, training=False)
+    result = evaluate(agent, envs, episodes=EPISODES, seed=EVALUATION_SEED + config.seed)
+    envs.close()
+    metrics = [row for row in read_metrics(folder / "metrics.jsonl") if "return/mean" in row]
+    every = max(len(metrics) // 50, 1)
+    return {
+        "seed": config.seed,
+        "steps": metrics[-1]["env_steps"],
+        "seconds": round(seconds, 2),
+        "return_mean": result.return_mean,
+        "return_std": result.return_std,
+        "returns": [round(x, 2) for x in result.returns],
+        "curve": [[row["env_steps"], round(row["return/mean"], 2)] for row in metrics[::every]],
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(tyro.cli(Options)))
