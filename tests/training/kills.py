@@ -36,8 +36,8 @@ class Outcome:
 
     def __str__(self) -> str:
         return (
-            f"{self.kills} kills, {self.during_save} of them inside a save; {self.runs} trainings ended equal "
-            f"to the undisturbed one of {self.seconds:.1f} s; at most {self.most_lost} env steps lost"
+            f"{self.kills} kills, {self.during_save} of them inside a save; {self.runs} trainings ended "
+            f"equal to the undisturbed one of {self.seconds:.1f} s; at most {self.most_lost} env steps lost"
         )
 
 
