@@ -159,7 +159,10 @@ def _reference(
     normalize_advantage: bool,
 ) -> tuple[Tensor, Tensor]:
     old_log_prob, advantage, value, returns, old_value, valid = constants
-    assert old_log_prob is not None and advantage is not None and value is not None and returns is not None
+    assert old_log_prob is not None
+    assert advantage is not None
+    assert value is not None
+    assert returns is not None
     dtype = value.dtype
 
     def wide(x: Tensor) -> Tensor:
@@ -374,7 +377,7 @@ define(
 )
 define(
     "ppo_loss_backward(Tensor grad, Tensor saved) -> Tensor",
-    lambda grad, saved: torch.empty_like(saved),
+    lambda _, saved: torch.empty_like(saved),
     lambda grad, saved: saved * grad,
 )
 differentiate("ppo_loss_categorical", _setup_categorical, _autograd_categorical, "ppo_loss_backward")

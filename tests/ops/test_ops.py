@@ -54,15 +54,10 @@ def skip_without_kernel(info, device):
 
 def compare(info, got, want, dtype):
     rtol, atol = info.tol[dtype]
-    for name, g, w in zip(info.outputs, got[0], want[0], strict=True):
-        torch.testing.assert_close(
-            g.detach().cpu(), w.detach().to(dtype), rtol=rtol, atol=atol, msg=lambda m: f"{name}: {m}"
-        )  # noqa: B023
-    names = [k for k in info.differentiable]
-    for name, g, w in zip(names, got[1], want[1], strict=False):
-        torch.testing.assert_close(
-            g.cpu(), w.to(dtype), rtol=rtol, atol=atol, msg=lambda m: f"grad of {name}: {m}"
-        )  # noqa: B023
+    names = (*info.outputs, *(f"grad of {k}" for k in info.differentiable))
+    for name, g, w in zip(names, (*got[0], *got[1]), (*want[0], *want[1]), strict=False):
+        g, w = g.detach().cpu(), w.detach().to(dtype)
+        torch.testing.assert_close(g, w, rtol=rtol, atol=atol, msg=f"{name}: {g} is not {w}")
 
 
 @cases

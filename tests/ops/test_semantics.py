@@ -316,7 +316,14 @@ class TestMessages:
     )
     @pytest.mark.parametrize("path", ["eager", "reference", "gradients"])
     def test_gae(self, change, error, message, path):
-        arguments = {"reward": self.x, "value": self.x, "next_value": self.x, "terminated": self.mask, "truncated": self.mask, **change}  # fmt: skip
+        arguments = {
+            "reward": self.x,
+            "value": self.x,
+            "next_value": self.x,
+            "terminated": self.mask,
+            "truncated": self.mask,
+        }
+        arguments.update(change)
         if path == "gradients" and "value" not in change:
             arguments["value"] = self.x.clone().requires_grad_()
         if path == "reference":
