@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 import pywm
-from pywm.distributions import Categorical
 from pywm.ops import _native
 from pywm.training import machine
+
+if TYPE_CHECKING:
+    from pywm.testing.opinfo import OpInfo
 
 __all__ = ["Finding", "findings"]
 
@@ -35,7 +36,6 @@ def findings() -> list[Finding]:
 
 
 def _kernels() -> list[Finding]:
-
     findings = []
     backends = pywm.backend()
     for device, title in (("cpu", "C++ kernels"), ("cuda", "CUDA kernels")):
@@ -50,41 +50,37 @@ def _kernels() -> list[Finding]:
 
 
 def _self_test() -> list[Finding]:
-    """Run every op on the compiled kernels and on its reference."""
-    if not _native.has_backend("cpu"):
-        return []
-    generator = torch.Generator().manual_seed(0)
-    T, N = 33, 17
-    reward, value, next_value, log_ratio = torch.randn(4, T, N, generator=generator)
-    terminated, truncated = torch.rand(2, T, N, generator=generator) < 0.1
-    discount = 0.9 * torch.rand(T, N, generator=generator)
-    dist = Categorical(torch.randn(T, N, 5, generator=generator))
-    action = torch.randint(5, (T, N), generator=generator)
-    calls: dict[str, Callable[[], Any]] = {
-        "gae": lambda: pywm.gae(reward, value, next_value, terminated, truncated),
-        "lambda_return": lambda: pywm.lambda_return(reward, discount, next_value, 0.9),
-        "discounted_return": lambda: pywm.discounted_return(reward, discount, next_value[-1]),
-        "vtrace": lambda: pywm.vtrace(log_ratio, reward, discount, value, next_value, truncated),
-        "ppo_loss": lambda: pywm.ppo_loss(dist, action, log_ratio - 1.6, reward, value, next_value).loss,
-    }
+    """Run every op of the table on the compiled kernels, against its float64 reference."""
+    from pywm.testing.opinfo import OPS
+
+    devices = [
+        d for d in ("cpu", "cuda") if _native.has_backend(d) and (d == "cpu" or torch.cuda.is_available())
+    ]
     wrong = []
-    for name, call in calls.items():
+    tested = [(op, device) for device in devices for op in OPS if device in op.devices]
+    for op, device in tested:
         try:
-            served = call()
-            with _native.disabled():
-                expected = call()
-            pairs = zip(_tensors(served), _tensors(expected), strict=True)
-            if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs):
-                wrong.append(f"{name} differs from its reference")
-        except Exception as error:
-            wrong.append(f"{name}: {type(error).__name__}: {error}")
+            if not all(_equals_reference(op, variant, device) for variant in op.variants):
+                wrong.append(f"{op.name} on {device} differs from its reference")
+        except Exception as error:  # whatever a broken kernel raises is the finding
+            wrong.append(f"{op.name} on {device} raises {type(error).__name__}: {error}")
     if wrong:
         return [Finding("self-test", "!!", "; ".join(wrong), _native.mend())]
-    return [Finding("self-test", "OK", f"{len(calls)}/{len(calls)} ops equal to PyTorch")]
+    if not tested:
+        return []
+    return [
+        Finding("self-test", "OK", f"{len(tested)}/{len(tested)} ops equal to PyTorch ({', '.join(devices)})")
+    ]
 
 
-def _tensors(result: Any) -> list[Any]:
-    return [result] if isinstance(result, torch.Tensor) else list(result)
+def _equals_reference(op: OpInfo, variant: str, device: str) -> bool:
+    sample = op.sample(op.shapes[-1], variant, device=device)
+    served, expected = op.op(sample), op.reference(sample.double())
+    rtol, atol = op.tol[torch.float32]
+    return all(
+        torch.allclose(a.double(), b.double(), rtol=rtol, atol=atol, equal_nan=True)
+        for a, b in zip(served, expected, strict=True)
+    )
 
 
 # Extra -> what it brings: the module to look for and the distribution whose version to show.

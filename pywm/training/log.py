@@ -263,13 +263,13 @@ class PlainLines:
 class LivePanel:
     """A progress bar with the figures below it, redrawn in place on a terminal."""
 
-    def __init__(self, seconds: float = LIVE_SECONDS):
+    def __init__(self, seconds: float = LIVE_SECONDS, console: Any = None):
         from rich.console import Console
         from rich.live import Live
 
         self._seconds, self._next = seconds, 0.0
         # Redrawn from the training loop: a drawing thread would meet the forks of vector environments.
-        self._live = Live(console=Console(stderr=True), auto_refresh=False, transient=False)
+        self._live = Live(console=console or Console(stderr=True), auto_refresh=False, transient=False)
         self._live.start()
 
     def show(self, status: Status, *, force: bool = False) -> None:
