@@ -118,20 +118,12 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned* address) {
 #endif
 }
 
-// ---- Warp reductions: every lane gets the result, summed in the same tree in every run ------------------------------
+// ---- Warp reductions ------------------------------------------------------------------------------------------------
 
+// Every lane gets the sum, added up in the same tree in every run.
 template <typename S>
 __device__ __forceinline__ S warp_sum(S value) {
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(kAllLanes, value, lanes);
-  return value;
-}
-
-template <typename S>
-__device__ __forceinline__ S warp_max(S value) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-    const S other = __shfl_xor_sync(kAllLanes, value, lanes);
-    value = other > value ? other : value;
-  }
   return value;
 }
 

@@ -14,8 +14,7 @@
 //           composing the maps of the chunks before it gives each its x; then it runs again and stores. Chunks of
 //           kRowsAhead rows keep them in registers between the two runs, longer ones read them again, from L1 or L2.
 //           Columns and chunks of a block are chosen by scan_shape(); its constants are predictions, not measured yet.
-// Cost      Bandwidth-bound when wide: every input and output once. Narrow: the launch, T / chunks dependent steps
-// twice
+// Cost      Wide: bandwidth-bound, every input and output once. Narrow: the launch, twice T / chunks dependent steps,
 //           and up to `chunks` multiply-adds.
 // Registers At most 128, no spills (nvcc 13.0, sm_80 to sm_120).
 // Numerics  Chunked results differ from serial ones in rounding only, and not from run to run: no atomics.

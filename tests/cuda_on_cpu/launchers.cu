@@ -1,0 +1,55 @@
+// The CUDA launchers of csrc/ops.h as C functions, for the emulator: what run_launchers.py calls through ctypes.
+//
+// Each takes a pointer to the launcher's own struct of arguments and its size, as a check of the Python side's layout,
+// and returns 0, or 1 with the reason in emulator_error().
+#include <cuda_runtime.h>
+
+#include <exception>
+#include <string>
+
+#include "ops.h"
+
+namespace {
+
+std::string error;
+
+template <typename Args>
+int call(void (*launcher)(const Args&, pywm::Stream), const void* args, size_t bytes) {
+  if (bytes != sizeof(Args)) {
+    error = "the struct of arguments has " + std::to_string(sizeof(Args)) + " bytes, not " + std::to_string(bytes);
+    return 1;
+  }
+  try {
+    launcher(*static_cast<const Args*>(args), nullptr);
+  } catch (const std::exception& e) {
+    error = e.what();
+    return 1;
+  }
+  return 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* emulator_error() { return error.c_str(); }
+
+void emulator_set_schedule(int order, uint64_t seed, int resident_blocks) {
+  emulator::set_schedule(static_cast<emulator::Order>(order), seed, resident_blocks);
+}
+
+int64_t ppo_loss_workspace(int64_t M, int64_t columns) { return pywm::cuda::ppo_loss_workspace(M, columns); }
+
+#define EXPORT(op, Args)                                                                                        \
+  int op##_f32(const void* args, size_t bytes) { return call<pywm::Args<float>>(pywm::cuda::op, args, bytes); } \
+  int op##_f64(const void* args, size_t bytes) { return call<pywm::Args<double>>(pywm::cuda::op, args, bytes); }
+
+EXPORT(gae, GaeArgs)
+EXPORT(gae_backward, GaeBackwardArgs)
+EXPORT(lambda_return, LambdaReturnArgs)
+EXPORT(lambda_return_backward, LambdaReturnBackwardArgs)
+EXPORT(discounted_return, DiscountedReturnArgs)
+EXPORT(discounted_return_backward, DiscountedReturnBackwardArgs)
+EXPORT(ppo_loss_categorical, PpoLossCategoricalArgs)
+EXPORT(ppo_loss_gaussian, PpoLossGaussianArgs)
+}

@@ -1,0 +1,130 @@
+"""Call launchers of a library that was built with the emulator. A program: it runs under a preloaded sanitizer.
+
+    python run_launchers.py LIBRARY REQUEST RESULTS FIRST
+
+``REQUEST.json`` is a list of calls (op, dtype, schedule, the names of its arrays and outputs, numbers), ``REQUEST.npz``
+holds the arrays. Every call from number FIRST on is announced on stderr and leaves ``RESULTS/<number>.npz``, or
+``RESULTS/<number>.txt`` with the emulator's complaint.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# The structs of csrc/ops.h, field by field. A star marks a pointer.
+_PPO = (
+    "*old_log_prob *advantage *value *returns *old_value *valid *loss *stats *grad_value *workspace M "
+    "clip value_clip value_coef entropy_coef normalize_advantage "
+)
+STRUCTS = {
+    "gae": "*reward *value *next_value *terminated *truncated *valid *advantage *returns T N discount lam",
+    "gae_backward": "*grad_advantage *grad_returns *terminated *truncated *valid "
+    "*grad_reward *grad_value *grad_next_value T N discount lam",
+    "lambda_return": "*reward *discount *next_value *lam_rows *valid *returns T N lam",
+    "lambda_return_backward": "*grad *discount *next_value *returns *lam_rows *valid "
+    "*grad_reward *grad_discount *grad_next_value T N lam",
+    "discounted_return": "*reward *discount *bootstrap *returns T N",
+    "discounted_return_backward": "*grad *discount *bootstrap *returns "
+    "*grad_reward *grad_discount *grad_bootstrap T N",
+    "ppo_loss_categorical": _PPO + "*logits *action *nvec *grad_logits G width",
+    "ppo_loss_gaussian": _PPO + "*mean *log_std *action *grad_mean *grad_log_std A log_std_rows",
+}
+_SIZES = {"T", "N", "M", "G", "width", "A", "log_std_rows"}
+_DOUBLES = {"clip", "value_clip", "value_coef", "entropy_coef"}
+_POISON = 0xFF  # as a float: NaN
+
+
+def struct_type(op: str, dtype: str) -> type[ctypes.Structure]:
+    """Return the ctypes twin of the launcher's struct."""
+    real = {"float32": ctypes.c_float, "float64": ctypes.c_double}[dtype]
+
+    def field(name: str) -> tuple[str, Any]:
+        if name.startswith("*"):
+            return name[1:], ctypes.c_void_p
+        if name in _SIZES:
+            return name, ctypes.c_int64
+        if name in _DOUBLES:
+            return name, ctypes.c_double
+        return name, ctypes.c_bool if name == "normalize_advantage" else real
+
+    fields = [field(name) for name in STRUCTS[op].split()]
+    return type(op, (ctypes.Structure,), {"_fields_": fields})
+
+
+class Memory:
+    """Blocks of exactly the size asked for, so that a sanitizer sees the first byte beyond."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None)
+        self._libc.malloc.restype = ctypes.c_void_p
+        self._libc.malloc.argtypes = [ctypes.c_size_t]
+        self._libc.free.argtypes = [ctypes.c_void_p]
+        self._blocks: list[int] = []
+
+    def hold(self, array: np.ndarray) -> int:
+        """Return the address of a copy."""
+        array = np.ascontiguousarray(array)
+        address = self._libc.malloc(max(array.nbytes, 1))
+        self._blocks.append(address)
+        ctypes.memmove(address, array.ctypes.data, array.nbytes)
+        return address
+
+    def read(self, address: int, shape: list[int], dtype: str) -> np.ndarray:
+        """Return a copy of what stands at an address."""
+        array = np.empty(shape, dtype)
+        ctypes.memmove(array.ctypes.data, address, array.nbytes)
+        return array
+
+    def free(self) -> None:
+        """Give all blocks back."""
+        while self._blocks:
+            self._libc.free(self._blocks.pop())
+
+
+def main() -> None:
+    """Run the calls."""
+    library, request, results, first = ctypes.CDLL(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+    library.emulator_error.restype = ctypes.c_char_p
+    library.emulator_set_schedule.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
+    library.ppo_loss_workspace.restype = ctypes.c_int64
+    library.ppo_loss_workspace.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    calls = json.loads(Path(f"{request}.json").read_text())
+    arrays = np.load(f"{request}.npz")
+    memory = Memory()
+    for number, call in enumerate(calls):
+        if number < first:
+            continue
+        print(f"== call {number}", file=sys.stderr, flush=True)
+        op, dtype = call["op"], call["dtype"]
+        args = struct_type(op, dtype)()
+        for name in call["arrays"]:
+            setattr(args, name, memory.hold(arrays[f"{number}/{name}"]))
+        for name, shape in call["outputs"].items():
+            poison = np.full(int(np.prod(shape)) * np.dtype(dtype).itemsize, _POISON, np.uint8)
+            setattr(args, name, memory.hold(poison))
+        if "workspace_columns" in call:
+            doubles = library.ppo_loss_workspace(call["numbers"]["M"], call["workspace_columns"])
+            args.workspace = memory.hold(np.full(doubles, np.nan))
+        for name, value in call["numbers"].items():
+            setattr(args, name, value)
+        library.emulator_set_schedule(*call["schedule"])
+        launcher = getattr(library, f"{op}_{'f32' if dtype == 'float32' else 'f64'}")
+        launcher.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        if launcher(ctypes.byref(args), ctypes.sizeof(args)):
+            (results / f"{number}.txt").write_text(library.emulator_error().decode())
+        else:
+            got = {
+                name: memory.read(getattr(args, name), shape, dtype) for name, shape in call["outputs"].items()
+            }
+            np.savez(results / f"{number}.npz", **got)
+        memory.free()
+
+
+if __name__ == "__main__":
+    main()
