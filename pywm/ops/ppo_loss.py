@@ -107,17 +107,28 @@ def ppo_loss(
     Source:
         Schulman et al. (2017), eq. 7 and 9; details as in Huang et al. (2022), "The 37 implementation details of PPO".
     """
-    _check_call(dist, action, old_log_prob, advantage, value, returns, old_value, valid)
     clip = _check.number("ppo_loss", "clip", clip, exclusive_low=True)
-    if value_clip is not None:
+    if value_clip is None:
+        old_value = None
+    else:
         value_clip = _check.number("ppo_loss", "value_clip", value_clip)
         if old_value is None:
             raise ValueError("ppo_loss: old_value is None, but value_clip needs it")
-    else:
-        old_value = None
     value_coef = _check.number("ppo_loss", "value_coef", value_coef)
     entropy_coef = _check.number("ppo_loss", "entropy_coef", entropy_coef)
     normalize_advantage = _check.flag("ppo_loss", "normalize_advantage", normalize_advantage)
+    numbers = (
+        clip,
+        -1.0 if value_clip is None else value_clip,
+        value_coef,
+        entropy_coef,
+        normalize_advantage,
+    )
+    if not torch.compiler.is_compiling() and not _native.is_disabled():
+        result = _fast(dist, action, (old_log_prob, advantage, value, returns, old_value, valid), numbers)
+        if result is not None:
+            return result
+    _check_call(dist, action, old_log_prob, advantage, value, returns, old_value, valid)
     constants = (old_log_prob, advantage, value, returns, old_value, valid)
     first = dist.mean if isinstance(dist, DiagGaussian) else dist.logits
     if not _native.supports(first) or value.numel() == 0:
@@ -146,6 +157,61 @@ def ppo_loss(
             dist.logits, nvec, action.long(), *constants, *numbers, grouped, [want, want_value]
         )
     return PPOLoss(loss, PPOStats(*stats.unbind()))
+
+
+def _fast(
+    dist: object, action: object, constants: tuple[Any, ...], numbers: tuple[Any, ...]
+) -> PPOLoss | None:
+    """Serve a plain eager call in one crossing; None sends it to the checks and the dispatcher."""
+    value = constants[2]
+    if not isinstance(value, Tensor):
+        return None
+    grad = torch.is_grad_enabled()
+    want_value = grad and value.requires_grad
+    kind = type(dist)
+    inputs: tuple[Tensor, ...]
+    try:
+        if kind is DiagGaussian:
+            inputs = dist.mean, dist.log_std  # type: ignore[attr-defined]
+            want = grad and any(x.requires_grad for x in inputs)
+            result = _gaussian(*inputs, action, *constants, *numbers, want, want_value, False)
+        elif kind is Categorical or kind is MultiCategorical:
+            logits: Tensor = dist.logits  # type: ignore[attr-defined]
+            grouped = kind is MultiCategorical
+            nvec = dist.nvec if grouped else logits.shape[-1:]  # type: ignore[attr-defined]
+            inputs = (logits,)
+            want = grad and logits.requires_grad
+            result = _categorical(
+                logits, nvec, action, *constants, *numbers, grouped, want, want_value, False
+            )
+        else:
+            return None
+    except IndexError as error:
+        raise ValueError(str(error)) from None
+    except (AttributeError, TypeError):  # not what the binding takes: the checks say what it is
+        return None
+    if result is None:
+        return None
+    loss, stats, *gradients = result
+    if want or want_value:
+        loss = _Attach.apply(loss, *gradients, *inputs, value)
+    return PPOLoss(loss, PPOStats(*stats.unbind()))
+
+
+class _Attach(torch.autograd.Function):
+    """Give a finished loss the gradients that were computed with it."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[: len(tensors) // 2])
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1 + len(saved) :]
+        scaled = (_scaled(grads[0], x, need) for x, need in zip(saved, needs, strict=True))
+        return None, *(None,) * len(saved), *scaled
 
 
 def _reference(
@@ -334,7 +400,10 @@ def _setup_gaussian(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _scaled(grad: Tensor, saved: Tensor, wanted: bool) -> Tensor | None:
-    return torch.ops.pywm.ppo_loss_backward(grad, saved) if wanted else None
+    if not wanted:
+        return None
+    # The op is there to raise when somebody differentiates the gradient; nobody can while no graph is made.
+    return torch.ops.pywm.ppo_loss_backward(grad, saved) if torch.is_grad_enabled() else saved * grad
 
 
 def _autograd_categorical(ctx: Any, grad: Tensor | None, *unused: Any) -> Any:
