@@ -3,8 +3,8 @@
     python benchmarks/learning.py CartPole-v1 Pendulum-v1 --seeds 5
     python benchmarks/learning.py LunarLander-v3 --seeds 5 --out docs/results/ppo
 
-For every environment: ``<out>/<env>.json`` (settings, versions, machine; for each seed the wall time of the training and the
-returns of 20 greedy episodes; the learning curve) and ``<out>/<env>.png``. The runs themselves stay below ``--runs``.
+For every environment: ``<out>/<env>.json`` (settings, versions, machine; for each seed the wall time of the training, the
+returns of 20 greedy episodes and the learning curve) and ``<out>/<env>.png``. The runs themselves stay below ``--runs``.
 A threshold that is missed makes the command fail.
 """
 
@@ -117,7 +117,9 @@ def learn(env: str, name: str, preset: Preset, options: Options) -> bool:
 
 def train(env: str, config: ppo.Config, folder: Path) -> dict[str, Any]:
     """Train one seed in a run of its own and play greedy episodes with the result."""
-    options = RunOptions(run_dir=str(folder), fresh=True, progress="off", checkpoint_every=max(config.steps // 4, 1))
+    options = RunOptions(
+        run_dir=str(folder), fresh=True, progress="off", checkpoint_every=max(config.steps // 4, 1)
+    )
     with Run.open(
         options, algo="ppo", env=env, seed=config.seed, config=to_json(config), total_steps=config.steps
     ) as run:

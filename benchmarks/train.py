@@ -143,7 +143,11 @@ def run_loop(task: Task, seed: int) -> tuple[float, float]:
     def mlp(out: int, gain: float) -> nn.Module:
         size = int(np.prod(envs.single_observation_space.shape))
         return nn.Sequential(
-            layer(nn.Linear(size, 64)), nn.Tanh(), layer(nn.Linear(64, 64)), nn.Tanh(), layer(nn.Linear(64, out), gain)
+            layer(nn.Linear(size, 64)),
+            nn.Tanh(),
+            layer(nn.Linear(64, 64)),
+            nn.Tanh(),
+            layer(nn.Linear(64, out), gain),
         )
 
     if atari:
@@ -239,7 +243,12 @@ def measure(rival: str, task: Task, threads: int, seed: int) -> tuple[float, flo
     job = json.dumps([rival, vars(task), threads, seed])
     root = str(Path(__file__).resolve().parents[1])
     paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH")) if path)
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+    }
     command = [sys.executable, "-W", "ignore", __file__, "--job", job]
     out = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds, score = json.loads(out.splitlines()[-1])
@@ -268,7 +277,9 @@ def main(options: Options) -> None:
     print(f"\nPPO on {task.env}: {task.steps} steps, {task.num_envs} x {task.num_steps}, {task.epochs} epochs of "
           f"{task.batch_size} rows; medians of {options.repeats}, interleaved")  # fmt: skip
     print(f"{'':26} {'threads':>7} {'steps/s':>9} {'range':>15} {'pywm is':>9} {'last return':>12}")
-    best = max((statistics.median(s for s, _ in runs) for (r, _), runs in found.items() if r == "pywm"), default=0.0)
+    best = max(
+        (statistics.median(s for s, _ in runs) for (r, _), runs in found.items() if r == "pywm"), default=0.0
+    )
     rows = []
     for (rival, threads), runs in found.items():
         speeds, scores = [s for s, _ in runs], [score for _, score in runs]

@@ -103,7 +103,7 @@ class Adam:
         """
         grad, (beta1, beta2) = self.parameters.grad, self.betas
         self.updates += 1
-        norm = torch.linalg.vector_norm(grad)
+        norm: Tensor = torch.linalg.vector_norm(grad)
         if self.max_grad_norm is not None:
             grad.mul_((self.max_grad_norm / (norm + 1e-6)).clamp_(max=1))
         self.exp_avg.lerp_(grad, 1 - beta1)

@@ -34,7 +34,7 @@ from pywm.data import ObsNormalizer, RewardNormalizer, Rollout
 from pywm.data.rollout import Slot
 from pywm.distributions import Categorical, DiagGaussian, MultiCategorical
 from pywm.envs import EnvLike, Envs, make, split_keys
-from pywm.errors import CheckpointError, NumericalError, UserError
+from pywm.errors import CheckpointError, UserError
 from pywm.nn import MLP, Encoder
 from pywm.ops import gae, ppo_loss
 from pywm.optim import Adam, FlatParameters
@@ -129,59 +129,50 @@ class Config:
 
 
 MUJOCO = (
-    "HalfCheetah",
-    "Hopper",
-    "Walker2d",
-    "Ant",
-    "Humanoid",
-    "HumanoidStandup",
-    "Swimmer",
-    "Reacher",
-    "Pusher",
-)
-MUJOCO += ("InvertedPendulum", "InvertedDoublePendulum")
+    "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5", "HumanoidStandup-v5", "Swimmer-v5",
+    "Reacher-v5", "Pusher-v5", "InvertedPendulum-v5", "InvertedDoublePendulum-v5",
+)  # fmt: skip
+
+
+def _preset(expected: str, *envs: str, **config: Any) -> Preset:
+    return Preset(config, envs, expected)
+
 
 PRESETS: dict[str, Preset] = {
     # rl-baselines3-zoo
-    "cartpole": Preset(
-        dict(steps=100_000, num_envs=8, num_steps=32, batch_size=256, epochs=20, discount=0.98, lam=0.8, lr=1e-3,
-             anneal_clip=True, value_coef=1.0, entropy_coef=0.0),
-        envs=("CartPole-v1",),
-        expected="500 (at most 500) after 100k steps",
+    "cartpole": _preset(
+        "500 (the maximum) after 100k steps", "CartPole-v1",
+        steps=100_000, num_envs=8, num_steps=32, batch_size=256, epochs=20, discount=0.98, lam=0.8, lr=1e-3,
+        anneal_clip=True, value_coef=1.0, entropy_coef=0.0,
     ),
     # rl-baselines3-zoo
-    "acrobot": Preset(
-        dict(steps=1_000_000, num_envs=16, num_steps=256, batch_size=64, epochs=4, lam=0.94, lr=3e-4, anneal_lr=False,
-             value_coef=1.0, entropy_coef=0.0, normalize_obs=True, normalize_reward=True),
-        envs=("Acrobot-v1",),
-        expected="-80 or better after 1M steps",
+    "acrobot": _preset(
+        "-80 or better after 1M steps", "Acrobot-v1",
+        steps=1_000_000, num_envs=16, num_steps=256, batch_size=64, epochs=4, lam=0.94, lr=3e-4, anneal_lr=False,
+        value_coef=1.0, entropy_coef=0.0, normalize_obs=True, normalize_reward=True,
     ),
     # rl-baselines3-zoo, without its state-dependent exploration
-    "pendulum": Preset(
-        dict(steps=200_000, num_envs=4, num_steps=1024, batch_size=64, epochs=10, discount=0.9, lr=1e-3,
-             anneal_lr=False, value_coef=1.0, entropy_coef=0.0),
-        envs=("Pendulum-v1",),
-        expected="-200 (at best about -150) after 200k steps",
+    "pendulum": _preset(
+        "-200 or better (at best about -150) after 200k steps", "Pendulum-v1",
+        steps=200_000, num_envs=4, num_steps=1024, batch_size=64, epochs=10, discount=0.9, lr=1e-3, anneal_lr=False,
+        value_coef=1.0, entropy_coef=0.0,
     ),
     # rl-baselines3-zoo
-    "lunarlander": Preset(
-        dict(steps=1_000_000, num_envs=16, num_steps=1024, batch_size=64, epochs=4, discount=0.999, lam=0.98, lr=3e-4,
-             anneal_lr=False, value_coef=1.0, entropy_coef=0.01),
-        envs=("LunarLander-v3",),
-        expected="200 or better (solved is 200) after 1M steps",
+    "lunarlander": _preset(
+        "200 or better (which counts as solved) after 1M steps", "LunarLander-v3",
+        steps=1_000_000, num_envs=16, num_steps=1024, batch_size=64, epochs=4, discount=0.999, lam=0.98, lr=3e-4,
+        anneal_lr=False, value_coef=1.0, entropy_coef=0.01,
     ),
     # CleanRL
-    "atari": Preset(
-        dict(steps=10_000_000, num_envs=8, num_steps=128, batch_size=256, epochs=4, clip=0.1),
-        envs=("ALE/*",),
-        expected="Pong 20, Breakout 400 after 10M decisions (CleanRL)",
+    "atari": _preset(
+        "Pong 20, Breakout 400 after 10M decisions (CleanRL)", "ALE/*",
+        steps=10_000_000, num_envs=8, num_steps=128, batch_size=256, epochs=4, clip=0.1,
     ),
     # CleanRL
-    "mujoco": Preset(
-        dict(steps=1_000_000, num_envs=1, num_steps=2048, batch_size=64, epochs=10, lr=3e-4, value_clip=0.2,
-             entropy_coef=0.0, normalize_obs=True, normalize_reward=True),
-        envs=tuple(f"{name}-v5" for name in MUJOCO),
-        expected="HalfCheetah 1400, Hopper 2300, Walker2d 2200 after 1M steps (CleanRL, on the v4 environments)",
+    "mujoco": _preset(
+        "HalfCheetah 1400, Hopper 2300, Walker2d 2200 after 1M steps (CleanRL, on the v4 environments)", *MUJOCO,
+        steps=1_000_000, num_envs=1, num_steps=2048, batch_size=64, epochs=10, lr=3e-4, value_clip=0.2,
+        entropy_coef=0.0, normalize_obs=True, normalize_reward=True,
     ),
 }  # fmt: skip
 
@@ -201,7 +192,7 @@ class ActionHead:
         continuous: whether the policy has a standard deviation.
     """
 
-    def __init__(self, space: spaces.Space) -> None:
+    def __init__(self, space: spaces.Space[Any]) -> None:
         self.continuous = isinstance(space, spaces.Box)
         self._shape: tuple[int, ...] = space.shape or ()
         self._nvec: tuple[int, ...] | None = None
@@ -211,8 +202,8 @@ class ActionHead:
         elif isinstance(space, spaces.Discrete):
             self.size, self.num_parts = int(space.n), 1
         elif isinstance(space, spaces.MultiDiscrete | spaces.MultiBinary):
-            binary = isinstance(space, spaces.MultiBinary)
-            self._nvec = (2,) * math.prod(self._shape) if binary else tuple(space.nvec.ravel().tolist())
+            bits = (2,) * math.prod(self._shape)
+            self._nvec = bits if isinstance(space, spaces.MultiBinary) else tuple(space.nvec.ravel().tolist())
             self.size, self.num_parts = sum(self._nvec), len(self._nvec)
         else:
             raise UserError(
@@ -250,7 +241,11 @@ class Policy(nn.Module):
     """
 
     def __init__(
-        self, config: Config, observation_space: spaces.Space, head: ActionHead, generator: torch.Generator
+        self,
+        config: Config,
+        observation_space: spaces.Space[Any],
+        head: ActionHead,
+        generator: torch.Generator,
     ) -> None:
         super().__init__()
         parts = _obs_parts(observation_space)
@@ -276,7 +271,8 @@ class Policy(nn.Module):
 
     def value(self, features: Tensor) -> Tensor:
         """Return the value, ``[...]``, of features ``[..., F]``."""
-        return self.critic(features).squeeze(-1)
+        value: Tensor = self.critic(features)
+        return value.squeeze(-1)
 
 
 class Agent:
@@ -298,8 +294,8 @@ class Agent:
     def __init__(
         self,
         config: Config,
-        observation_space: spaces.Space,
-        action_space: spaces.Space,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
         device: str | torch.device = "cpu",
     ) -> None:
         self.config = config
@@ -453,15 +449,15 @@ class Batch(NamedTuple):
     Attributes:
         obs: ``key -> [T·N, ...]``.
         columns: action, old log-probability, advantage, value and returns, ``[T·N, ...]`` each.
-        index: the rows to learn from, or None for all; reset rows are no transitions.
-        count: how many rows there are to learn from.
+        rows: indices of the rows to learn from, or None for all; reset rows are no transitions.
+        num_rows: how many rows there are to learn from.
         metrics: figures of the rollout.
     """
 
     obs: dict[str, Tensor]
     columns: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-    index: Tensor | None
-    count: int
+    rows: Tensor | None
+    num_rows: int
     metrics: dict[str, Any]
 
 
@@ -581,16 +577,16 @@ class Learner:
         action = torch.cat(played.actions)
         log_prob = self.policy.head.dist(torch.cat(played.outputs), self.policy.log_std).log_prob(action)
 
-        index = None if valid is None else valid.flatten().nonzero().squeeze(-1)
-        count = T * N if index is None else len(index)
-        self.env_steps += count
+        rows = None if valid is None else valid.flatten().nonzero().squeeze(-1)
+        num_rows = T * N if rows is None else len(rows)
+        self.env_steps += num_rows
         chosen = {"reward": reward.flatten(), "value": value, "log_prob": log_prob, "returns": returns}
-        if index is not None:
-            chosen = {name: x[index] for name, x in chosen.items()}
+        if rows is not None:
+            chosen = {name: x[rows] for name, x in chosen.items()}
         obs = {key: x[:-1].flatten(0, 1) for key, x in rollout.obs.items()}
-        self._check(**{f"obs/{key}": x for key, x in obs.items() if index is None}, **chosen)
-        if config.normalize_advantage == "rollout" and count > 1:
-            kept = advantage if index is None else advantage[index]
+        self._check(**{f"obs/{key}": x for key, x in obs.items() if rows is None}, **chosen)
+        if config.normalize_advantage == "rollout" and num_rows > 1:
+            kept = advantage if rows is None else advantage[rows]
             advantage = (advantage - kept.mean()) / (kept.std() + 1e-8)
 
         self._recent += [(episode.return_, episode.length) for episode in self.envs.episodes()]
@@ -601,18 +597,19 @@ class Learner:
         residual, target = chosen["returns"] - chosen["value"], chosen["returns"]
         metrics["value/explained_variance"] = 1 - residual.var() / target.var().clamp(min=1e-12)
         metrics["value/mean"] = chosen["value"].mean()
-        return Batch(obs, (action, log_prob, advantage, value, returns), index, count, metrics)
+        return Batch(obs, (action, log_prob, advantage, value, returns), rows, num_rows, metrics)
 
     def update(self, batch: Batch, run: Run) -> dict[str, Any]:
         """Take several epochs of minibatch steps on the clipped objective; return the iteration's metrics."""
         config = self.config
-        left = max(1 - (self.env_steps - batch.count) / config.steps, 0.0)
+        left = max(1 - (self.env_steps - batch.num_rows) / config.steps, 0.0)
         lr = config.lr * (left if config.anneal_lr else 1.0)
         shrink = left if config.anneal_clip else 1.0
         stats: list[Tensor] = []
-        epoch = 0
+        epochs = 0
         with run.phase("learn"):
-            for epoch in range(1, config.epochs + 1):
+            while epochs < config.epochs:
+                epochs += 1
                 epoch_stats = [
                     self._step(obs, columns, lr, shrink) for obs, columns in self._minibatches(batch)
                 ]
@@ -622,35 +619,35 @@ class Learner:
                     if kl > 1.5 * config.target_kl:
                         break
             table = torch.stack(stats)
-            self._check(**{name: table[:, i] for i, name in enumerate(STATS)}, weights=self.agent.parameters.data)
+            self._check(
+                **{name: table[:, i] for i, name in enumerate(STATS)}, weights=self.agent.parameters.data
+            )
             means = dict(zip(STATS, table.mean(0).tolist(), strict=True))
         return {
             **batch.metrics,
             **means,
             "updates": self.optimizer.updates,
-            "epochs": epoch,
+            "epochs": epochs,
             "lr": lr,
             "clip": config.clip * shrink,
         }
 
     def _minibatches(self, batch: Batch) -> Iterator[tuple[dict[str, Tensor], tuple[Tensor, ...]]]:
         size = self.config.batch_size
-        if size >= batch.count and batch.index is None:
+        if size >= batch.num_rows and batch.rows is None:
             yield batch.obs, batch.columns  # all of it: no order to shuffle
             return
-        order = torch.randperm(batch.count, generator=self._shuffle)
+        order = torch.randperm(batch.num_rows, generator=self._shuffle)
         device = self.agent.device
-        order = order.to(device) if batch.index is None else batch.index[order.to(device)]
+        order = order.to(device) if batch.rows is None else batch.rows[order.to(device)]
         # The columns are small and shuffled at once; observations may be pictures and are fetched as they are needed.
         columns = [column[order] for column in batch.columns]
-        for start in range(0, batch.count, size):
-            rows = slice(start, start + size)
-            obs = {key: x[order[rows]] for key, x in batch.obs.items()}
-            yield obs, tuple(column[rows] for column in columns)
+        for start in range(0, batch.num_rows, size):
+            part_ = slice(start, start + size)
+            obs = {key: x[order[part_]] for key, x in batch.obs.items()}
+            yield obs, tuple(column[part_] for column in columns)
 
-    def _step(
-        self, obs: dict[str, Tensor], columns: tuple[Tensor, ...], lr: float, shrink: float
-    ) -> Tensor:
+    def _step(self, obs: dict[str, Tensor], columns: tuple[Tensor, ...], lr: float, shrink: float) -> Tensor:
         config, policy = self.config, self.policy
         action, old_log_prob, advantage, old_value, returns = columns
         features = policy.encoder(obs)
@@ -734,11 +731,13 @@ def _evaluate(run: Run, agent: Agent, env: EnvLike, env_steps: int) -> None:
         run.evaluate(agent, envs, env_steps=env_steps)
 
 
-def _obs_parts(space: spaces.Space) -> dict[str, spaces.Box]:
-    parts = dict(space.spaces) if isinstance(space, spaces.Dict) else {"obs": space}
-    for key, part_ in parts.items():
-        if not isinstance(part_, spaces.Box):
-            raise UserError(f"ppo.Agent: observation {key!r} is {part_}, but a Box was expected")
+def _obs_parts(space: spaces.Space[Any]) -> dict[str, spaces.Box]:
+    named = dict(space.spaces) if isinstance(space, spaces.Dict) else {"obs": space}
+    parts = {}
+    for key, box in named.items():
+        if not isinstance(box, spaces.Box):
+            raise UserError(f"ppo.Agent: observation {key!r} is {box}, but a Box was expected")
+        parts[key] = box
     return parts
 
 

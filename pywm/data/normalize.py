@@ -1,4 +1,7 @@
-"""Running normalisation of observations and rewards, as in OpenAI's baselines: saved in checkpoints, frozen in evaluation."""
+"""Running normalisation of observations and rewards: saved in checkpoints, frozen in evaluation.
+
+Source: OpenAI's baselines, ``VecNormalize``.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +84,7 @@ class ObsNormalizer:
         """Return the normalised observations, float32, without changing the statistics."""
         normalized = dict(obs)
         for key, stats in self._stats.items():
-            x = (obs[key] - stats.mean) / np.sqrt(stats.var + 1e-8)
+            x = (obs[key].astype(np.float64) - stats.mean) / np.sqrt(stats.var + 1e-8)
             normalized[key] = np.clip(x, -self.limit, self.limit).astype(np.float32)
         return normalized
 
@@ -125,7 +128,8 @@ class RewardNormalizer:
         self.stats.update(self.returns if valid.all() else self.returns[valid])
         self.returns[is_last] = 0
         scaled = reward / math.sqrt(float(self.stats.var) + 1e-8)
-        return np.clip(scaled, -self.limit, self.limit).astype(np.float32)
+        clipped: npt.NDArray[np.float32] = np.clip(scaled, -self.limit, self.limit).astype(np.float32)
+        return clipped
 
     def restart(self) -> None:
         """Begin new episodes everywhere, keeping the statistics."""

@@ -130,4 +130,3 @@ class Rollout:
     def column(self, array: npt.NDArray[np.generic]) -> Tensor:
         """Return a host array as a tensor on the device, sharing memory where that is the host."""
         return torch.from_numpy(array).to(self.device)
-

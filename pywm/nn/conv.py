@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pywm.nn.mlp import orthogonal_
@@ -54,5 +53,5 @@ class NatureCNN(nn.Module):
         """Map uint8 images ``[B, C, height, width]`` to features ``[B, width]``."""
         x = x / 255
         for conv in self.convs:
-            x = F.relu_(conv(x))
-        return F.relu_(self.linear(x.flatten(1)))
+            x = torch.relu_(conv(x))
+        return torch.relu_(self.linear(x.flatten(1)))

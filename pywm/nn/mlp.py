@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["ACTIVATIONS", "MLP", "orthogonal_"]
@@ -54,9 +54,11 @@ class MLP(nn.Module):
         if len(sizes) < 2 or min(sizes) < 1:
             raise ValueError(f"MLP: sizes is {tuple(sizes)}, but at least two positive widths were expected")
         if activation not in ACTIVATIONS:
-            raise ValueError(f"MLP: activation is {activation!r}, but one of {list(ACTIVATIONS)} was expected")
+            raise ValueError(
+                f"MLP: activation is {activation!r}, but one of {list(ACTIVATIONS)} was expected"
+            )
         self.activation = activation
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, nn.Linear)
             orthogonal_(layer, out_gain if i == len(self.layers) - 1 else math.sqrt(2), generator)
@@ -66,8 +68,9 @@ class MLP(nn.Module):
         activate = ACTIVATIONS[self.activation]
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
+            assert isinstance(layer, nn.Linear)
             # The functional form costs a third of calling the module, and an agent acts thousands of times a second.
-            x = F.linear(x, layer.weight, layer.bias)
+            x = nn.functional.linear(x, layer.weight, layer.bias)
             if i < last:
                 x = activate(x)
         return x

@@ -19,7 +19,14 @@ from pywm.errors import NumericalError, UserError
 from pywm.training.evaluate import evaluate
 from pywm.training.run import NullRun
 
-SMALL: dict[str, Any] = dict(num_envs=2, num_steps=8, batch_size=8, epochs=2, steps=64, hidden=(8,))
+SMALL: dict[str, Any] = {
+    "num_envs": 2,
+    "num_steps": 8,
+    "batch_size": 8,
+    "epochs": 2,
+    "steps": 64,
+    "hidden": (8,),
+}
 
 
 def _learner(env: Any, **settings: Any) -> ppo.Learner:
@@ -75,7 +82,7 @@ def test_all_autoreset_modes_give_the_same_rows(end: str) -> None:
             # A policy that always takes action 0, so that the rows do not depend on how many draws there were.
             learner.policy.actor.layers[-1].bias.copy_(torch.tensor([50.0, -50.0]))
         batch = learner.collect(NullRun())
-        index = slice(None) if batch.index is None else batch.index
+        index = slice(None) if batch.rows is None else batch.rows
         obs = batch.obs["obs"][index].squeeze(-1)
         found = {}
         n = torch.arange(48)[index] % 2
@@ -85,7 +92,7 @@ def test_all_autoreset_modes_give_the_same_rows(end: str) -> None:
         rows[mode] = found
         # One row in every episode of 2 or 3 steps is a reset in NEXT_STEP mode, and it is not counted.
         expected = 48 if mode != AutoresetMode.NEXT_STEP else 24 * 2 / 3 + 24 * 3 / 4
-        assert batch.count == learner.env_steps == expected
+        assert batch.num_rows == learner.env_steps == expected
     same = rows[AutoresetMode.SAME_STEP]
     assert rows[AutoresetMode.DISABLED].keys() == same.keys()
     for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED):
@@ -99,11 +106,11 @@ def test_all_autoreset_modes_give_the_same_rows(end: str) -> None:
 def test_reset_rows_are_not_learned_from() -> None:
     learner = _learner(_vector(AutoresetMode.NEXT_STEP, "terminated"), num_steps=12, batch_size=100)
     batch = learner.collect(NullRun())
-    assert batch.index is not None
+    assert batch.rows is not None
     for obs, columns in learner._minibatches(batch):
-        assert len(obs["obs"]) == batch.count == len(columns[0])
+        assert len(obs["obs"]) == batch.num_rows == len(columns[0])
     # In NEXT_STEP mode environment 0 (two steps an episode) resets in every third row.
-    assert not set(batch.index.tolist()) & {t * 2 for t in range(2, 12, 3)}
+    assert not set(batch.rows.tolist()) & {t * 2 for t in range(2, 12, 3)}
 
 
 def test_minibatches_visit_every_row_once_in_a_new_order() -> None:
@@ -144,7 +151,7 @@ def test_learning_rate_and_clip_are_annealed_to_zero() -> None:
 
 
 def test_target_kl_stops_the_epochs() -> None:
-    settings: dict[str, Any] = dict(lr=0.1, epochs=10, anneal_lr=False)
+    settings: dict[str, Any] = {"lr": 0.1, "epochs": 10, "anneal_lr": False}
     learner = _learner("CartPole-v1", target_kl=1e-3, **settings)
     metrics = learner.update(learner.collect(NullRun()), NullRun())
     assert metrics["epochs"] < 10
@@ -205,7 +212,10 @@ OBSERVATIONS: dict[str, spaces.Space] = {
     "discrete": spaces.Discrete(4),
     "image": spaces.Box(0, 255, (18, 20, 3), np.uint8),
     "dict": spaces.Dict(
-        {"camera": spaces.Box(0, 255, (16, 16, 1), np.uint8), "speed": spaces.Box(-1.0, 1.0, (2,), np.float32)}
+        {
+            "camera": spaces.Box(0, 255, (16, 16, 1), np.uint8),
+            "speed": spaces.Box(-1.0, 1.0, (2,), np.float32),
+        }
     ),
 }
 
@@ -231,10 +241,13 @@ class Anything(gymnasium.Env):
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(
     ("obs", "action"),
-    [("vector", action) for action in ACTIONS] + [(obs, "discrete") for obs in OBSERVATIONS if obs != "vector"],
+    [("vector", action) for action in ACTIONS]
+    + [(obs, "discrete") for obs in OBSERVATIONS if obs != "vector"],
 )
 def test_every_space_trains_and_acts(obs: str, action: str, normalize: bool) -> None:
-    config = ppo.Config(**{**SMALL, "normalize_obs": normalize, "normalize_reward": normalize, "log_std_init": 1.0})
+    config = ppo.Config(
+        **{**SMALL, "normalize_obs": normalize, "normalize_reward": normalize, "log_std_init": 1.0}
+    )
     observation_space, action_space = OBSERVATIONS[obs], ACTIONS[action]
     agent = ppo.train(config, lambda: Anything(observation_space, action_space))
     assert all(math.isfinite(x) for x in _weights(agent))
@@ -301,7 +314,9 @@ def test_agent_state_round_trips_with_its_normaliser_and_generator() -> None:
     config = ppo.Config(**{**SMALL, "normalize_obs": True})
     agent = ppo.train(config, "CartPole-v1")
     envs = make("CartPole-v1", 4)
-    other = ppo.Agent(ppo.Config(**{**SMALL, "normalize_obs": True, "seed": 9}), envs.observation_space, envs.action_space)
+    other = ppo.Agent(
+        ppo.Config(**{**SMALL, "normalize_obs": True, "seed": 9}), envs.observation_space, envs.action_space
+    )
     obs = envs.reset(0) + np.float32(0.3)
     other.load_state(agent.state())
     assert agent.normalizer is not None
@@ -387,7 +402,15 @@ def test_learns_to_match(action: str, obs: str, steps: int, chance: float, score
     """The best return is 8; ``chance`` is what a random policy gets."""
     assert chance < score - 2
     config = ppo.Config(
-        steps=steps, num_envs=8, num_steps=32, batch_size=64, epochs=8, lr=3e-3, lam=0.0, discount=0.0, log_std_init=-0.5
+        steps=steps,
+        num_envs=8,
+        num_steps=32,
+        batch_size=64,
+        epochs=8,
+        lr=3e-3,
+        lam=0.0,
+        discount=0.0,
+        log_std_init=-0.5,
     )
     if obs != "vector":
         config = ppo.Config(

@@ -74,7 +74,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "Pendulum-v1",
         {"num_envs": 2, "num_steps": 64, "normalize_obs": True, "normalize_reward": True},
     ),
-    "forgetful": ("forgetful", {"num_envs": 2, "num_steps": 64, "normalize_obs": True, "normalize_reward": True}),
+    "forgetful": (
+        "forgetful",
+        {"num_envs": 2, "num_steps": 64, "normalize_obs": True, "normalize_reward": True},
+    ),
 }
 
 
@@ -141,7 +144,11 @@ def test_ctrl_c_saves_and_the_resumed_run_is_exact(tmp_path: Path) -> None:
     _train(env, config, tmp_path / "parts", resume=True, stop_at=stop, checkpoint_every=10 * STEPS)
     _train(env, config, tmp_path / "whole", stop_at=stop, checkpoint_every=10 * STEPS)
     weights = [
-        {key: x for key, x in load(tmp_path / name / "checkpoints").state.tensors.items() if key.startswith("agent")}
+        {
+            key: x
+            for key, x in load(tmp_path / name / "checkpoints").state.tensors.items()
+            if key.startswith("agent")
+        }
         for name in ("parts", "whole")
     ]
     assert all((x == weights[1][key]).all() for key, x in weights[0].items())
@@ -158,11 +165,11 @@ def test_nan_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
 
     config = ppo.Config(steps=1000, num_envs=2, num_steps=16, batch_size=16, hidden=(8,))
     options = RunOptions(run_dir=str(tmp_path), checkpoint_every=64, progress="off")
-    with pytest.raises(NumericalError, match="'reward' became NaN"):
-        with Run.open(
-            options, algo="ppo", env="poisoned", seed=0, config=to_json(config), total_steps=config.steps
-        ) as run:
-            ppo.train(config, Poisoned, run=run)
+    run = Run.open(
+        options, algo="ppo", env="poisoned", seed=0, config=to_json(config), total_steps=config.steps
+    )
+    with pytest.raises(NumericalError, match="'reward' became NaN"), run:
+        ppo.train(config, Poisoned, run=run)
     loaded = load(tmp_path / "checkpoints")
     assert 0 < loaded.step <= 300
     assert all(bool(x.isfinite().all()) for x in loaded.state.tensors.values() if x.is_floating_point())
