@@ -154,6 +154,19 @@ class Call {
     return plain(object, v);
   }
   const void* floats(py::handle object) { return floats(object, first_, first_.ndim); }
+  // A float tensor of this shape; a negative size takes any, and `view` tells which.
+  const void* floats(py::handle object, std::initializer_list<int64_t> shape, View& view) {
+    if (!ok_ || !view_of(object, view) || view.dtype.bits != first_.dtype.bits ||
+        view.dtype.code != first_.dtype.code || view.ndim != static_cast<int>(shape.size()) ||
+        !pywm::abi::same_device(view, first_))
+      return refuse();
+    int i = 0;
+    for (int64_t size : shape) {
+      if (size >= 0 && view.shape[i] != size) return refuse();
+      ++i;
+    }
+    return plain(object, view);
+  }
   const void* optional_floats(py::handle object) { return object.is_none() ? nullptr : floats(object); }
 
   // [N] beside [T, N]
@@ -198,10 +211,12 @@ class Call {
     return x;
   }
 
+  // Whether a tensor that was looked at wants a gradient, and grad mode is on.
+  bool wants_gradients() const { return wants_grad_ && is_true(PyObject_CallNoArgs(torch.is_grad_enabled)); }
+
   // After all inputs: whether autograd would want to see this call.
   void refuse_gradients() {
-    if (!ok_ || direct_ || !wants_grad_) return;
-    if (is_true(PyObject_CallNoArgs(torch.is_grad_enabled))) refuse();
+    if (ok_ && !direct_ && wants_gradients()) refuse();
   }
 
   // Outputs. torch.empty_like is looked up each time, so that whoever replaces it (a test that poisons) is obeyed.
@@ -682,6 +697,173 @@ py::object ppo_loss_gaussian(py::handle mean, py::handle log_std, py::handle act
   return py::make_tuple(t.loss, t.stats, grad_mean, grad_log_std, t.grad_value);
 }
 
+// The weights and biases of a perceptron, each layer fitting the one before.
+struct MlpTensors {
+  std::vector<const void*> weights, biases;
+  std::vector<int64_t> sizes;
+  int64_t M = 1, L = 0, hidden = 0;  // hidden: the widths between input and output, added up
+
+  bool read(Call& call, py::handle weights_, py::handle biases_) {
+    const View& x = call.first();
+    if (!call.ok() || x.ndim < 1 || x.device.type != pywm::abi::kCPU) return false;
+    if (!PyList_Check(weights_.ptr()) && !PyTuple_Check(weights_.ptr())) return false;
+    L = PySequence_Fast_GET_SIZE(weights_.ptr());
+    const bool with_biases = !biases_.is_none();
+    if (with_biases && ((!PyList_Check(biases_.ptr()) && !PyTuple_Check(biases_.ptr())) ||
+                        PySequence_Fast_GET_SIZE(biases_.ptr()) != L))
+      return false;
+    for (int i = 0; i < x.ndim - 1; ++i) M *= x.shape[i];
+    weights.reserve(L);
+    biases.reserve(L);
+    sizes.reserve(L + 1);
+    sizes.push_back(x.shape[x.ndim - 1]);
+    for (int64_t l = 0; l < L; ++l) {
+      View v;
+      weights.push_back(call.floats(PySequence_Fast_GET_ITEM(weights_.ptr(), l), {-1, sizes[l]}, v));
+      if (!call.ok()) return false;
+      sizes.push_back(v.shape[0]);
+      if (with_biases) biases.push_back(call.floats(PySequence_Fast_GET_ITEM(biases_.ptr(), l), {sizes[l + 1]}, v));
+      if (!call.ok() || sizes[l] < 1 || sizes[l + 1] < 1) return false;
+    }
+    for (int64_t l = 1; l < L; ++l) hidden += sizes[l];
+    return L > 0;
+  }
+};
+
+template <typename S>
+const S* const* in(const std::vector<const void*>& pointers) {
+  return reinterpret_cast<const S* const*>(pointers.data());
+}
+template <typename S>
+S* const* out(const std::vector<void*>& pointers) {
+  return reinterpret_cast<S* const*>(pointers.data());
+}
+
+bool activation_of(py::handle name, pywm::Activation& activation) {
+  constexpr const char* kNames[] = {"none", "tanh", "silu", "elu", "relu"};  // in the order of the enumeration
+  if (!PyUnicode_Check(name.ptr())) return false;
+  for (int i = 0; i < 5; ++i)
+    if (PyUnicode_CompareWithASCIIString(name.ptr(), kNames[i]) == 0) {
+      activation = static_cast<pywm::Activation>(i);
+      return true;
+    }
+  return false;
+}
+
+// How many elements keep the derivatives of layers whose activations do not tell them.
+int64_t slopes_size(const MlpTensors& t, pywm::Activation activation, pywm::Activation output_activation) {
+  return (activation == pywm::Activation::kSilu ? t.M * t.hidden : 0) +
+         (output_activation == pywm::Activation::kSilu ? t.M * t.sizes.back() : 0);
+}
+
+// Returns y; with `keep`, y and what the backward pass needs. NotImplemented: all is well, but gradients are wanted.
+py::object mlp(py::handle x, py::handle weights, py::handle biases, py::handle activation, py::handle output_activation,
+               bool keep, bool direct) {
+  Call call("mlp", direct);
+  pywm::Activation f, f_out;
+  const void* xs = call.first(x, -1);
+  MlpTensors t;
+  if (biases.is_none() || !t.read(call, weights, biases) || !activation_of(activation, f) ||
+      !activation_of(output_activation, f_out) || f == pywm::Activation::kNone)
+    return py::none();
+  if (!direct && call.wants_gradients()) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  const View& v = call.first();
+  py::tuple shape(v.ndim);
+  for (int i = 0; i < v.ndim; ++i) shape[i] = py::int_(i + 1 < v.ndim ? v.shape[i] : t.sizes.back());
+  // Without gradients the activations are scratch, in front of the packed weights.
+  const int64_t hidden_size = t.M * t.hidden, slopes = keep ? slopes_size(t, f, f_out) : 0;
+  const int64_t packed_size = call.is_float() ? pywm::cpu::mlp_workspace<float>(t.sizes.data(), t.L)
+                                              : pywm::cpu::mlp_workspace<double>(t.sizes.data(), t.L);
+  void *y_data = nullptr, *kept_data = nullptr, *scratch_data = nullptr;
+  py::object y = call.empty(x, shape, y_data), kept;
+  if (keep) kept = call.empty(x, py::make_tuple(hidden_size + slopes), kept_data);
+  if (t.M > 0) {
+    py::object scratch =
+        call.empty(x, py::make_tuple(packed_size + (keep ? 0 : hidden_size)), scratch_data);
+    if (!call.ok()) return py::none();
+    by_dtype(call, [&]<typename S>() {
+      S* packed = out<S>(scratch_data);
+      S* hidden = keep ? out<S>(kept_data) : packed + packed_size;
+      const pywm::MlpArgs<S> a{in<S>(xs), in<S>(t.weights), in<S>(t.biases), t.sizes.data(), out<S>(y_data), hidden,
+                               keep ? hidden + hidden_size : nullptr, packed, t.M, t.L, f, f_out};
+      call.run([&] { pywm::cpu::mlp(a); }, [&](void*) { no_cuda_kernel("mlp"); });
+    });
+  }
+  if (!call.ok()) return py::none();
+  return keep ? py::object(py::make_tuple(y, kept)) : y;
+}
+
+// Returns a list: the gradient of x (an empty tensor if unwanted), then those of all weights and all biases if wanted.
+py::object mlp_backward(py::handle grad, py::handle x, py::handle y, py::handle kept, py::handle weights,
+                        py::handle activation, py::handle output_activation, bool want_x, bool want_parameters) {
+  Call call("mlp_backward", true);
+  pywm::Activation f, f_out;
+  const void* xs = call.first(x, -1);
+  MlpTensors t;
+  if (!t.read(call, weights, py::none()) || !activation_of(activation, f) || !activation_of(output_activation, f_out) ||
+      t.M == 0)
+    return py::none();
+  View v;
+  const int rank = call.first().ndim - 1;
+  const int64_t hidden_size = t.M * t.hidden, O = t.sizes.back();
+  const void* gs = call.floats(grad, call.first(), rank, O);
+  const void* ys = f_out == pywm::Activation::kNone ? nullptr : call.floats(y, call.first(), rank, O);
+  const void* ks = call.floats(kept, {hidden_size + slopes_size(t, f, f_out)}, v);
+  if (!call.ok()) return py::none();
+  py::list result;
+  void *grad_x_data = nullptr, *scratch_data = nullptr;
+  result.append(wanted(call, want_x, x, grad_x_data));
+  std::vector<void*> grad_weights(t.L), grad_biases(t.L);
+  if (want_parameters) {
+    for (int64_t l = 0; l < t.L; ++l)
+      result.append(call.empty(x, py::make_tuple(t.sizes[l + 1], t.sizes[l]), grad_weights[l]));
+    for (int64_t l = 0; l < t.L; ++l)
+      result.append(call.empty(x, py::make_tuple(t.sizes[l + 1]), grad_biases[l]));
+  }
+  const int64_t packed_size = call.is_float() ? pywm::cpu::mlp_backward_workspace<float>(t.sizes.data(), t.L)
+                                              : pywm::cpu::mlp_backward_workspace<double>(t.sizes.data(), t.L);
+  py::object scratch = call.empty(x, py::make_tuple(packed_size + hidden_size + t.M * O), scratch_data);
+  if (!call.ok()) return py::none();
+  by_dtype(call, [&]<typename S>() {
+    S* packed = out<S>(scratch_data);
+    const S* hidden = in<S>(ks);
+    const pywm::MlpBackwardArgs<S> a{in<S>(gs), in<S>(xs), in<S>(ys), hidden, hidden + hidden_size, in<S>(t.weights),
+                                     t.sizes.data(), out<S>(grad_x_data),
+                                     want_parameters ? out<S>(grad_weights) : nullptr, out<S>(grad_biases), packed,
+                                     packed + packed_size, t.M, t.L, f, f_out};
+    call.run([&] { pywm::cpu::mlp_backward(a); }, [&](void*) { no_cuda_kernel("mlp_backward"); });
+  });
+  return result;
+}
+
+// Changes param, exp_avg and exp_avg_sq in place and returns the norm. max_grad_norm: None does not clip.
+py::object adam_step_(py::handle param, py::handle grad, py::handle exp_avg, py::handle exp_avg_sq, py::handle step,
+                      py::handle lr, py::handle beta1, py::handle beta2, py::handle eps, py::handle max_grad_norm,
+                      bool direct) {
+  Call call("adam_step_", direct);
+  void* p = const_cast<void*>(call.first(param, 1));
+  const void* g = call.floats(grad);
+  void* m = const_cast<void*>(call.floats(exp_avg));
+  void* v = const_cast<void*>(call.floats(exp_avg_sq));
+  constexpr double kBelow1 = 1 - 0x1p-53;
+  const double k = PyLong_Check(step.ptr()) ? call.number(step, 1, 0x1p53) : NAN;
+  const double rate = call.number(lr, 0, INFINITY), b1 = call.number(beta1, 0, kBelow1),
+               b2 = call.number(beta2, 0, kBelow1), e = call.number(eps, 0, INFINITY);
+  const double c = max_grad_norm.is_none() ? -1 : call.number(max_grad_norm, 0, INFINITY);
+  call.refuse_gradients();
+  if (!call.ok() || std::isnan(k) || call.numel() == 0 || call.first().device.type != pywm::abi::kCPU)
+    return py::none();
+  void* norm_data = nullptr;
+  py::object norm = call.empty(param, py::tuple(0), norm_data);
+  if (!call.ok()) return py::none();
+  by_dtype(call, [&]<typename S>() {
+    const pywm::AdamArgs<S> a{out<S>(p), in<S>(g), out<S>(m), out<S>(v), out<S>(norm_data), call.numel(),
+                              static_cast<int64_t>(k), rate, b1, b2, e, c};
+    call.run([&] { pywm::cpu::adam_step(a); }, [&](void*) { no_cuda_kernel("adam_step_"); });
+  });
+  return norm;
+}
+
 py::dict calls() {
   py::dict result;
   for (const Counter& c : counters)
@@ -697,7 +879,8 @@ PYBIND11_MODULE(_C, m) {
   pywm::cpu::kernels();  // an unusable PYWM_CPU_ISA is an error now, not at the first call
   for (const char* name :
        {"gae", "gae_backward", "lambda_return", "lambda_return_backward", "discounted_return",
-        "discounted_return_backward", "vtrace", "vtrace_backward", "ppo_loss_categorical", "ppo_loss_gaussian"})
+        "discounted_return_backward", "vtrace", "vtrace_backward", "ppo_loss_categorical", "ppo_loss_gaussian",
+        "mlp", "mlp_backward", "adam_step_"})
     counter(name);
 
   m.attr("__version__") = PYWM_VERSION;
@@ -739,4 +922,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("ppo_loss_gaussian", &ppo_loss_gaussian, "mean"_a, "log_std"_a, "action"_a, "old_log_prob"_a, "advantage"_a,
         "value"_a, "returns"_a, "old_value"_a, "valid"_a, "clip"_a, "value_clip"_a, "value_coef"_a, "entropy_coef"_a,
         "normalize_advantage"_a, "want_dist"_a, "want_value"_a, "direct"_a);
+  m.def("mlp", &mlp, "x"_a, "weights"_a, "biases"_a, "activation"_a, "output_activation"_a, "keep"_a, "direct"_a);
+  m.def("mlp_backward", &mlp_backward, "grad"_a, "x"_a, "y"_a, "kept"_a, "weights"_a, "activation"_a,
+        "output_activation"_a, "want_x"_a, "want_parameters"_a);
+  m.def("adam_step_", &adam_step_, "param"_a, "grad"_a, "exp_avg"_a, "exp_avg_sq"_a, "step"_a, "lr"_a, "beta1"_a,
+        "beta2"_a, "eps"_a, "max_grad_norm"_a, "direct"_a);
 }

@@ -125,6 +125,47 @@ struct PpoLossGaussianArgs {
   int64_t A, log_std_rows;
 };
 
+enum class Activation { kNone, kTanh, kSilu, kElu, kRelu };
+
+// A multilayer perceptron of L layers: weights[l] [sizes[l+1], sizes[l]], biases[l] [sizes[l+1]]; x [M, sizes[0]].
+// hidden: the activations of layers 0 to L-2, [M, width] each, one after another. slopes: the derivatives of layers with
+// SiLU, likewise, the output's last; null if no gradient is wanted.
+template <typename S>
+struct MlpArgs {
+  const S* x;
+  const S* const* weights;
+  const S* const* biases;
+  const int64_t* sizes;
+  S *y, *hidden, *slopes;
+  S* packed;  // scratch: mlp_workspace elements
+  int64_t M, L;
+  Activation activation, output_activation;
+};
+
+// y: the forward's result, not read where output_activation is kNone. grad_weights, grad_biases: null if unwanted.
+template <typename S>
+struct MlpBackwardArgs {
+  const S *grad_y, *x, *y, *hidden, *slopes;
+  const S* const* weights;
+  const int64_t* sizes;
+  S* grad_x;
+  S* const* grad_weights;
+  S* const* grad_biases;
+  S *packed, *grad_z;  // scratch: mlp_backward_workspace elements, and M·(sum of all widths but x's)
+  int64_t M, L;
+  Activation activation, output_activation;
+};
+
+// One step of Adam with a clipped global norm, in place, all of [P]; norm [1]. max_grad_norm < 0 does not clip.
+template <typename S>
+struct AdamArgs {
+  S* param;
+  const S* grad;
+  S *exp_avg, *exp_avg_sq, *norm;
+  int64_t P, step;
+  double lr, beta1, beta2, eps, max_grad_norm;
+};
+
 namespace cpu {
 
 template <typename S> void gae(const GaeArgs<S>&);
@@ -137,6 +178,11 @@ template <typename S> void vtrace(const VtraceArgs<S>&);
 template <typename S> void vtrace_backward(const VtraceBackwardArgs<S>&);
 template <typename S> void ppo_loss_categorical(const PpoLossCategoricalArgs<S>&);
 template <typename S> void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&);
+template <typename S> void mlp(const MlpArgs<S>&);
+template <typename S> void mlp_backward(const MlpBackwardArgs<S>&);
+template <typename S> int64_t mlp_workspace(const int64_t* sizes, int64_t L);
+template <typename S> int64_t mlp_backward_workspace(const int64_t* sizes, int64_t L);
+template <typename S> void adam_step(const AdamArgs<S>&);
 
 }  // namespace cpu
 

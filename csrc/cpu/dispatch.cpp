@@ -81,16 +81,22 @@ const Kernels& choose() {
 // Columns are cut at multiples of a cache line of floats.
 constexpr int64_t kColumnStep = 16;
 
+// kernel(args, begin, end) over [0, n), as parallel_for cuts it.
 template <typename Args>
-void over_columns(void (*kernel)(const Args&, int64_t, int64_t), const Args& args) {
+void over_range(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t n, int64_t step, int64_t work) {
   struct Call {
     void (*kernel)(const Args&, int64_t, int64_t);
     const Args* args;
   } call{kernel, &args};
-  parallel_for(args.N, kColumnStep, args.T * args.N, &call, [](void* context, int64_t begin, int64_t end) {
+  parallel_for(n, step, work, &call, [](void* context, int64_t begin, int64_t end) {
     const Call& c = *static_cast<Call*>(context);
     c.kernel(*c.args, begin, end);
   });
+}
+
+template <typename Args>
+void over_columns(void (*kernel)(const Args&, int64_t, int64_t), const Args& args) {
+  over_range(kernel, args, args.N, kColumnStep, args.T * args.N);
 }
 
 constexpr int64_t kRowBlock = 512;   // rows that one partial sum covers, whatever the number of threads
@@ -164,6 +170,55 @@ void ppo_loss(const PpoLossCommon<S>& a, int64_t columns, S* column_sums, const 
   a.stats[4] = S(n * total.kl);
 }
 
+constexpr int64_t kMacsPerWork = 32;  // multiply-adds that take the time of one element of a scan
+
+// Panels of the matrices [sizes[l+1], sizes[l]] cut along their rows or columns, and their elements with padding.
+struct Panels {
+  int64_t count = 0, elements = 0;
+};
+
+template <typename S>
+Panels panels(const int64_t* sizes, int64_t first_layer, int64_t L, bool along_inputs) {
+  const int64_t columns = of<S>(kernels()).tile_columns;
+  Panels total;
+  for (int64_t l = first_layer; l < L; ++l) {
+    const int64_t N = along_inputs ? sizes[l] : sizes[l + 1], K = along_inputs ? sizes[l + 1] : sizes[l];
+    const int64_t count = (N + columns - 1) / columns;
+    total.count += count;
+    total.elements += count * columns * K;
+  }
+  return total;
+}
+
+int64_t mlp_parameters(const int64_t* sizes, int64_t L) {
+  int64_t total = 0;
+  for (int64_t l = 0; l < L; ++l) total += sizes[l] * sizes[l + 1];
+  return total;
+}
+
+constexpr int64_t kNormBlock = 4096;  // elements that one partial sum of a norm covers, whatever the number of threads
+
+template <typename S>
+double norm_of(const S* x, int64_t n) {
+  const int64_t blocks = (n + kNormBlock - 1) / kNormBlock;
+  std::vector<double> sums(blocks);
+  struct Call {
+    const S* x;
+    double* sums;
+    int64_t n;
+  } call{x, sums.data(), n};
+  parallel_for(blocks, 1, n, &call, [](void* context, int64_t first, int64_t last) {
+    const Call& c = *static_cast<Call*>(context);
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t begin = b * kNormBlock, rest = c.n - begin;
+      c.sums[b] = of<S>(kernels()).sum_of_squares(c.x + begin, rest < kNormBlock ? rest : kNormBlock);
+    }
+  });
+  double total = 0;
+  for (double s : sums) total += s;
+  return std::sqrt(total);
+}
+
 }  // namespace
 
 const Kernels& kernels() {
@@ -212,6 +267,44 @@ template <typename S> void ppo_loss_gaussian(const PpoLossGaussianArgs<S>& a) {
               });
 }
 
+template <typename S> int64_t mlp_workspace(const int64_t* sizes, int64_t L) {
+  return panels<S>(sizes, 0, L, false).elements;
+}
+template <typename S> int64_t mlp_backward_workspace(const int64_t* sizes, int64_t L) {
+  return panels<S>(sizes, 0, L, true).elements;
+}
+template <typename S> void mlp(const MlpArgs<S>& a) {
+  const KernelsOf<S>& k = of<S>(kernels());
+  const Panels all = panels<S>(a.sizes, 0, a.L, false);
+  over_range(k.mlp_pack, a, all.count, 1, all.elements);
+  over_range(k.mlp, a, a.M, kMlpRows, a.M * mlp_parameters(a.sizes, a.L) / kMacsPerWork);
+}
+template <typename S> void mlp_backward(const MlpBackwardArgs<S>& a) {
+  const KernelsOf<S>& k = of<S>(kernels());
+  const int64_t work = a.M * mlp_parameters(a.sizes, a.L) / kMacsPerWork;
+  const Panels packed = panels<S>(a.sizes, a.grad_x ? 0 : 1, a.L, true);
+  if (packed.count > 0) over_range(k.mlp_backward_pack, a, packed.count, 1, packed.elements);
+  over_range(k.mlp_backward, a, a.M, kMlpRows, work);
+  if (a.grad_weights) over_range(k.mlp_backward_weights, a, panels<S>(a.sizes, 0, a.L, true).count + a.L, 1, work);
+}
+template <typename S> void adam_step(const AdamArgs<S>& a) {
+  const double norm = norm_of(a.grad, a.P);
+  a.norm[0] = S(norm);
+  if (!std::isfinite(a.norm[0])) return;
+  const double clip = a.max_grad_norm < 0 ? 1 : a.max_grad_norm / (norm + 1e-6);
+  const double bias1 = 1 - std::pow(a.beta1, double(a.step)), bias2 = 1 - std::pow(a.beta2, double(a.step));
+  const math::AdamFactors<S> factors{S(clip < 1 ? clip : 1), S(1 - a.beta1), S(a.beta2), S(1 - a.beta2),
+                                     S(1 / std::sqrt(bias2)), S(a.lr / bias1), S(a.eps)};
+  struct Call {
+    const AdamArgs<S>& a;
+    const math::AdamFactors<S>& factors;
+  } call{a, factors};
+  parallel_for(a.P, 64, a.P, &call, [](void* context, int64_t begin, int64_t end) {
+    const Call& c = *static_cast<Call*>(context);
+    of<S>(kernels()).adam_update(c.a, c.factors, begin, end);
+  });
+}
+
 #define PYWM_INSTANTIATE(S)                                                        \
   template void gae(const GaeArgs<S>&);                                            \
   template void gae_backward(const GaeBackwardArgs<S>&);                           \
@@ -222,7 +315,12 @@ template <typename S> void ppo_loss_gaussian(const PpoLossGaussianArgs<S>& a) {
   template void vtrace(const VtraceArgs<S>&);                                      \
   template void vtrace_backward(const VtraceBackwardArgs<S>&);                     \
   template void ppo_loss_categorical(const PpoLossCategoricalArgs<S>&);            \
-  template void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&);
+  template void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&);                  \
+  template void mlp(const MlpArgs<S>&);                                            \
+  template void mlp_backward(const MlpBackwardArgs<S>&);                           \
+  template int64_t mlp_workspace<S>(const int64_t*, int64_t);                      \
+  template int64_t mlp_backward_workspace<S>(const int64_t*, int64_t);             \
+  template void adam_step(const AdamArgs<S>&);
 PYWM_INSTANTIATE(float)
 PYWM_INSTANTIATE(double)
 

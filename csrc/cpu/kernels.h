@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../math/adam.h"
 #include "../ops.h"
 
 namespace pywm::cpu {
@@ -22,6 +23,8 @@ struct PpoMoments {
   double inverse_count;
 };
 
+constexpr int64_t kMlpRows = 48;  // rows that go through an MLP together; a multiple of every tile's rows
+
 template <typename S>
 struct KernelsOf {
   void (*gae)(const GaeArgs<S>&, int64_t begin, int64_t end);
@@ -37,6 +40,15 @@ struct KernelsOf {
   // shared_grad_log_std [A] is added to; null unless log_std is shared by all rows and its gradient wanted.
   void (*ppo_loss_gaussian)(const PpoLossGaussianArgs<S>&, const PpoMoments&, int64_t begin, int64_t end, PpoSums&,
                             double* shared_grad_log_std);
+  int64_t tile_columns;  // of a panel of a packed matrix, see gemm.h
+  // Ranges of panels of all layers together, of rows, and of panels plus one bias a layer.
+  void (*mlp_pack)(const MlpArgs<S>&, int64_t begin, int64_t end);
+  void (*mlp)(const MlpArgs<S>&, int64_t begin, int64_t end);
+  void (*mlp_backward_pack)(const MlpBackwardArgs<S>&, int64_t begin, int64_t end);
+  void (*mlp_backward)(const MlpBackwardArgs<S>&, int64_t begin, int64_t end);
+  void (*mlp_backward_weights)(const MlpBackwardArgs<S>&, int64_t begin, int64_t end);
+  double (*sum_of_squares)(const S* x, int64_t n);
+  void (*adam_update)(const AdamArgs<S>&, const math::AdamFactors<S>&, int64_t begin, int64_t end);
 };
 
 struct Kernels {

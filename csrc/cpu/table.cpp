@@ -12,6 +12,8 @@ void fill_lambda_return(Kernels&);
 void fill_discounted_return(Kernels&);
 void fill_vtrace(Kernels&);
 void fill_ppo_loss(Kernels&);
+void fill_mlp(Kernels&);
+void fill_adam(Kernels&);
 
 const Kernels& table() {
   static Kernels filled = [] {
@@ -22,6 +24,8 @@ const Kernels& table() {
     fill_discounted_return(kernels);
     fill_vtrace(kernels);
     fill_ppo_loss(kernels);
+    fill_mlp(kernels);
+    fill_adam(kernels);
     return kernels;
   }();
   return filled;

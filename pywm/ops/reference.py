@@ -6,7 +6,11 @@ the public functions in ``pywm.ops``. Masks select and never multiply, so NaN be
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pywm.distributions import Categorical, DiagGaussian, MultiCategorical
@@ -151,6 +155,48 @@ def ppo_loss(
     clip_fraction = mean(((ratio - 1).abs() > clip).to(ratio.dtype))
     approx_kl = mean((ratio - 1) - log_ratio)
     return loss, torch.stack([policy_loss, value_loss, entropy, clip_fraction, approx_kl]).detach()
+
+
+def mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str,
+    output_activation: str,
+) -> Tensor:
+    """See :func:`pywm.ops.mlp`."""
+    functions = {"none": lambda z: z, "tanh": torch.tanh, "silu": F.silu, "elu": F.elu, "relu": torch.relu}
+    last = len(weights) - 1
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        x = functions[output_activation if i == last else activation](F.linear(x, weight, bias))
+    return x
+
+
+def adam_step_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    max_grad_norm: float | None,
+) -> Tensor:
+    """See :func:`pywm.ops.adam_step_`. Selects instead of branching on the norm, which would wait for the device."""
+    with torch.no_grad():
+        norm = torch.linalg.vector_norm(grad)
+        finite = torch.isfinite(norm)
+        if max_grad_norm is not None:
+            grad = grad * (max_grad_norm / (norm + 1e-6)).clamp(max=1)
+        m = torch.lerp(exp_avg, grad, 1 - beta1)
+        v = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
+        denominator = v.sqrt() / math.sqrt(1 - beta2**step) + eps
+        new_param = param - lr / (1 - beta1**step) * (m / denominator)
+        for buffer, new in ((param, new_param), (exp_avg, m), (exp_avg_sq, v)):
+            buffer.copy_(torch.where(finite, new, buffer))
+        return norm
 
 
 def _select_rows(
