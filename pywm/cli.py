@@ -37,7 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
-    handler = _log_to_stderr(debug)
+    logger = logging.getLogger("pywm")
+    handler, level = _Stderr(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
     try:
         return _dispatch(argv)
     except PywmError as error:
@@ -60,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         _complain(f"{error}\nUse fewer or smaller batches (--batch-size, --num-envs) or --device cpu.")
         return 2
     finally:
-        logging.getLogger("pywm").removeHandler(handler)
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -101,14 +105,6 @@ class _Stderr(logging.Handler):
         with contextlib.suppress(OSError, ValueError):
             prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
             sys.stderr.write(f"{prefix}{self.format(record)}\n")
-
-
-def _log_to_stderr(debug: bool) -> logging.Handler:
-    logger = logging.getLogger("pywm")
-    logger.setLevel(logging.DEBUG if debug else logging.INFO)
-    handler = _Stderr()
-    logger.addHandler(handler)
-    return handler
 
 
 @dataclasses.dataclass
@@ -231,7 +227,7 @@ def _parse_train(argv: list[str], given: _Given, base: Any, options: Any) -> tup
             ("run", Annotated[RunOptions, flat], dataclasses.field(default_factory=lambda: options)),
         ],
     )
-    parsed = tyro.cli(arguments, args=argv, prog="pywm train", description=f"Train {given.algo}.")
+    parsed: Any = tyro.cli(arguments, args=argv, prog="pywm train", description=f"Train {given.algo}.")
     return parsed.config, parsed.run, parsed.device
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 from urllib.parse import unquote, urlsplit
 
 import torch
@@ -160,6 +160,14 @@ class Backend(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name}: {self.why}"
+
+
+@overload
+def backend(x: None = None) -> dict[str, Backend]: ...
+
+
+@overload
+def backend(x: Tensor) -> Backend: ...
 
 
 def backend(x: Tensor | None = None) -> Backend | dict[str, Backend]:
