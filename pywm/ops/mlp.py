@@ -60,8 +60,8 @@ def mlp(
             return _Eager.apply(activation, output_activation, x, *weights, *biases)  # type: ignore[no-any-return, no-untyped-call]
     _check_call(x, weights, biases, activation, output_activation)
     if not (_native.supports(x) and x.device.type == "cpu"):
-        y = in_float32(_reference, x, len(weights), activation, output_activation, *weights, *biases)
-        return y  # type: ignore[no-any-return]
+        arguments = x, len(weights), activation, output_activation, *weights, *biases
+        return in_float32(_reference, *arguments)  # type: ignore[no-any-return]
     y, _ = torch.ops.pywm.mlp(x, list(weights), list(biases), activation, output_activation)
     return y  # type: ignore[no-any-return]
 
@@ -79,7 +79,8 @@ def _check_call(
     for name, tensors in (("weights", weights), ("biases", biases)):
         if not isinstance(tensors, list | tuple):
             raise TypeError(f"mlp: {name} is a {type(tensors).__name__}, but a list of tensors was expected")
-    assert isinstance(weights, list | tuple) and isinstance(biases, list | tuple)
+    assert isinstance(weights, list | tuple)
+    assert isinstance(biases, list | tuple)
     if not weights:
         raise ValueError("mlp: weights is empty, but at least one layer was expected")
     if len(biases) != len(weights):
@@ -182,7 +183,7 @@ def _backward(  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weights, biases, *ctx.activations = inputs
+    x, weights, _, *ctx.activations = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[1], None if ctx.activations[1] == "none" else output[0], *weights)

@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from pywm.distributions import Categorical, DiagGaussian, MultiCategorical
 
@@ -165,10 +165,16 @@ def mlp(
     output_activation: str,
 ) -> Tensor:
     """See :func:`pywm.ops.mlp`."""
-    functions = {"none": lambda z: z, "tanh": torch.tanh, "silu": F.silu, "elu": F.elu, "relu": torch.relu}
+    functions = {
+        "none": lambda z: z,
+        "tanh": torch.tanh,
+        "silu": functional.silu,
+        "elu": functional.elu,
+        "relu": torch.relu,
+    }
     last = len(weights) - 1
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        x = functions[output_activation if i == last else activation](F.linear(x, weight, bias))
+        x = functions[output_activation if i == last else activation](functional.linear(x, weight, bias))
     return x
 
 
