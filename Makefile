@@ -22,7 +22,7 @@ NATIVE_SOURCES := CMakeLists.txt pyproject.toml pywm/_version.py \
   $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 CXX_FILES := $(shell find csrc tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: help demo test bench build lint format docs stubs clean FORCE
+.PHONY: help demo test bench build lint format docs clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -53,11 +53,8 @@ format: $(VENV)/.dev  ## put the sources into form
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-docs: $(VENV)/.dev $(VENV)/.built  ## write docs/api.md from the docstrings
-	$(BIN)/python docs/generate_api.py
-
-stubs: $(VENV)/.dev $(VENV)/.built  ## write pywm/_C.pyi from the compiled module
-	$(BIN)/python docs/generate_stub.py
+docs: $(VENV)/.dev $(VENV)/.built  ## write docs/api.md from the docstrings and pywm/_C.pyi from the module
+	$(BIN)/python docs/generate.py
 
 clean:  ## remove what was built, but not the virtual environment
 	rm -rf build dist $(VENV)/.built
