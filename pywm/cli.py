@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import shlex
 import subprocess
@@ -403,7 +404,7 @@ class _CheckEnv:
 
 def _check_env(argv: list[str]) -> int:
     arguments = _parse(_CheckEnv, "pywm check-env", argv)
-    from pywm.envs import check_env
+    from pywm.envs.checks import check_env
 
     report = check_env(arguments.env)
     _out(str(report))
@@ -486,35 +487,32 @@ def _bench(argv: list[str]) -> int:
 
 
 def _bench_ops() -> list[str]:
-    """Time a return scan against its reference: a first impression where there is no checkout."""
+    """Time the ops against their references: a first impression where there is no checkout."""
     import time
 
-    import torch
-
-    import pywm
-    from pywm.ops import reference
+    from pywm.testing.opinfo import OPS
 
     def median(function: Callable[[], Any]) -> float:
         times = []
-        for _ in range(15):
+        for _ in range(5):
             begin = time.perf_counter()
             function()
             times.append(time.perf_counter() - begin)
         return sorted(times)[len(times) // 2]
 
-    lines = ["gae, float32, forward      T x N    kernel     reference"]
-    for T, N in ((128, 8), (128, 64), (256, 1024)):
-        generator = torch.Generator().manual_seed(0)
-        reward, value, next_value = torch.randn(3, T, N, generator=generator)
-        terminated = torch.rand(T, N, generator=generator) < 0.01
-        truncated = torch.rand(T, N, generator=generator) < 0.01
-        inputs = (reward, value, next_value, terminated, truncated)
-        kernel = median(lambda inputs=inputs: pywm.gae(*inputs))
-        plain = median(lambda inputs=inputs: reference.gae(*inputs))
-        lines.append(
-            f"{T:>27} x {N:<5} {kernel * 1e6:8.1f} us {plain * 1e6:10.1f} us   {plain / kernel:.1f}x"
-        )
+    lines = [f"{'float32, forward':<20} {'shape':<12} {'kernel':>12} {'reference':>12}"]
+    for op in OPS:
+        shapes = [shape for shape in op.bench_shapes.values() if math.prod(shape) <= _QUICK_ELEMENTS]
+        for shape in shapes:
+            sample = op.sample(shape, next(iter(op.variants)))
+            kernel, plain = median(lambda: op.op(sample)), median(lambda: op.reference(sample))  # noqa: B023
+            times = f"{kernel * 1e6:9.1f} us {plain * 1e6:9.1f} us"
+            lines.append(f"{op.name:<20} {' x '.join(map(str, shape)):<12} {times}   {plain / kernel:.1f}x")
     return lines
+
+
+# Larger references take seconds.
+_QUICK_ELEMENTS = 1 << 14
 
 
 @dataclasses.dataclass

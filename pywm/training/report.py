@@ -27,7 +27,8 @@ __all__ = [
 
 BOOTSTRAP_RESAMPLES = 2000
 GRID_POINTS = 200
-MAX_GIF_FRAMES = 600
+MAX_GIF_FRAMES = 300
+MAX_GIF_SIDE = 400
 
 
 def iqm(scores: np.ndarray, axis: int = 0) -> np.ndarray:
@@ -229,7 +230,7 @@ def _frame(frame: np.ndarray) -> np.ndarray:
 
 
 def write_gif(frames: Sequence[np.ndarray], path: Path | str, *, fps: int = 25) -> Path:
-    """Write frames as an endless GIF; long episodes are thinned to keep the file small.
+    """Write frames as an endless GIF; long episodes are thinned and large pictures shrunk to keep it small.
 
     Args:
         frames: uint8 ``[height, width, 3]`` or ``[height, width]``, all of one size.
@@ -245,6 +246,9 @@ def write_gif(frames: Sequence[np.ndarray], path: Path | str, *, fps: int = 25) 
         raise ValueError("write_gif: frames is empty, but expected at least one picture")
     stride = -(-len(frames) // MAX_GIF_FRAMES)
     images = [Image.fromarray(np.ascontiguousarray(_frame(frame))) for frame in frames[::stride]]
+    shrink = -(-max(images[0].size) // MAX_GIF_SIDE)
+    if shrink > 1:
+        images = [image.reduce(shrink) for image in images]
     path = Path(path)
     # GIF counts in hundredths of a second, and players slow down what is below two.
     duration = max(round(100 * stride / fps), 2) * 10

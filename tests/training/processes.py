@@ -61,7 +61,8 @@ class Process:
             self.send(signal.SIGKILL)
             raise AssertionError(f"the command did not end within {seconds} s:\n{self.err()}")
         code = answer["code"]
-        return Result(code if code >= 0 else 128 - code, self._out.read_text(), self._err.read_text())
+        err = self.err() if self._err.is_file() else ""  # a terminal is read by its owner
+        return Result(code if code >= 0 else 128 - code, self._out.read_text(), err)
 
 
 class Commands:
@@ -89,18 +90,19 @@ class Commands:
         self._server.stdin.flush()
         return json.loads(self._server.stdout.readline())
 
-    def start(self, *argv: object, limit_bytes: int | None = None, cwd: Path | None = None) -> Process:
-        """Start ``pywm argv``; no file it writes can grow beyond ``limit_bytes``."""
+    def start(self, *argv: object, limit_bytes: int | None = None, err: str | None = None) -> Process:
+        """Start ``pywm argv``; no file it writes can grow beyond ``limit_bytes``; stderr goes to ``err``."""
         self._number += 1
-        out, err = (self.folder / f"{self._number}.{kind}" for kind in ("out", "err"))
+        out_file = self.folder / f"{self._number}.out"
+        err_file = Path(err) if err else self.folder / f"{self._number}.err"
         request = {
             "argv": [str(argument) for argument in argv],
-            "cwd": str(cwd or self.folder),
-            "out": str(out),
-            "err": str(err),
+            "cwd": str(self.folder),
+            "out": str(out_file),
+            "err": str(err_file),
             "limit_bytes": limit_bytes,
         }
-        return Process(self, self.ask(request)["pid"], out, err)
+        return Process(self, self.ask(request)["pid"], out_file, err_file)
 
     def __call__(self, *argv: object, seconds: float = 60.0, **options: Any) -> Result:
         return self.start(*argv, **options).wait(seconds)

@@ -145,9 +145,14 @@ def test_a_gif_has_every_frame(tmp_path: Path) -> None:
 
 
 def test_a_long_gif_is_thinned(tmp_path: Path) -> None:
-    with Image.open(report.write_gif(frames(1300), tmp_path / "a.gif", fps=50)) as image:
-        assert 400 <= image.n_frames <= 600
+    with Image.open(report.write_gif(frames(700), tmp_path / "a.gif", fps=50)) as image:
+        assert 200 <= image.n_frames <= 300
         assert image.info["duration"] == 60  # three times 20 ms: it plays as fast as before
+
+
+def test_a_large_gif_is_shrunk(tmp_path: Path) -> None:
+    with Image.open(report.write_gif(frames(2, 600, 900), tmp_path / "a.gif")) as image:
+        assert image.size == (300, 200)
 
 
 def test_grey_and_batched_frames_are_taken(tmp_path: Path) -> None:
