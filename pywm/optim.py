@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
+
+from pywm.ops import adam_step_
 
 __all__ = ["Adam", "FlatParameters"]
 
@@ -62,18 +62,17 @@ class FlatParameters:
 
 
 class Adam:
-    """Adam with global-norm clipping over the flat buffer of a :class:`FlatParameters`.
+    """Adam with global-norm clipping over the flat buffer of a :class:`FlatParameters`: one call a step.
 
-    ``g ← g·min(1, c/(‖g‖ + 1e-6))``; ``m ← β₁m + (1-β₁)g``; ``v ← β₂v + (1-β₂)g²``;
-    ``θ ← θ - lr·m̂ / (√v̂ + eps)`` with ``m̂ = m/(1-β₁ᵏ)``, ``v̂ = v/(1-β₂ᵏ)``: what ``clip_grad_norm_`` and
-    ``torch.optim.Adam`` do together.
+    What ``clip_grad_norm_`` and ``torch.optim.Adam`` do together, but for gradients that are not finite: such a step
+    changes nothing, and its norm tells. :func:`pywm.ops.adam_step_` has the formula.
 
     Args:
         parameters: the flat buffer to optimise.
         lr: learning rate, unless a step is given another one.
         betas: decay of the two averages.
         eps: added to the denominator; PPO takes 1e-5.
-        max_grad_norm: ``c``; None does not clip.
+        max_grad_norm: largest norm of the whole gradient; None does not clip.
     """
 
     def __init__(
@@ -101,15 +100,17 @@ class Adam:
         Returns:
             The norm of the gradients before clipping, 0-d.
         """
-        grad, (beta1, beta2) = self.parameters.grad, self.betas
         self.updates += 1
-        norm: Tensor = torch.linalg.vector_norm(grad)
-        if self.max_grad_norm is not None:
-            grad.mul_((self.max_grad_norm / (norm + 1e-6)).clamp_(max=1))
-        self.exp_avg.lerp_(grad, 1 - beta1)
-        self.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        correction1, correction2 = 1 - beta1**self.updates, 1 - beta2**self.updates
-        denominator = self.exp_avg_sq.sqrt().div_(math.sqrt(correction2)).add_(self.eps)
-        lr = self.lr if lr is None else lr
-        self.parameters.data.addcdiv_(self.exp_avg, denominator, value=-lr / correction1)
-        return norm
+        flat = self.parameters
+        return adam_step_(
+            flat.data,
+            flat.grad,
+            self.exp_avg,
+            self.exp_avg_sq,
+            step=self.updates,
+            lr=self.lr if lr is None else lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            eps=self.eps,
+            max_grad_norm=self.max_grad_norm,
+        )

@@ -74,3 +74,14 @@ def test_double_parameters_are_refused() -> None:
         FlatParameters(nn.Linear(2, 2).double())
     with pytest.raises(ValueError, match="no parameters"):
         FlatParameters(nn.ReLU())
+
+
+def test_gradients_that_are_not_finite_change_nothing() -> None:
+    network = _network()
+    flat = FlatParameters(network)
+    optimizer = Adam(flat, max_grad_norm=0.5)
+    before = flat.data.clone()
+    flat.grad.fill_(1.0)[3] = float("nan")
+    assert optimizer.step().isnan()
+    assert torch.equal(flat.data, before)
+    assert not optimizer.exp_avg.any()

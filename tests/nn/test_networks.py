@@ -38,8 +38,8 @@ def test_weights_follow_the_generator_and_not_the_global_one() -> None:
 def test_bad_networks_are_refused() -> None:
     with pytest.raises(ValueError, match=r"MLP: sizes is \(3,\)"):
         MLP((3,))
-    with pytest.raises(ValueError, match="MLP: activation is 'elu'"):
-        MLP((3, 2), activation="elu")
+    with pytest.raises(ValueError, match="MLP: activation is 'gelu'"):
+        MLP((3, 2), activation="gelu")
     with pytest.raises(ValueError, match=r"NatureCNN: shape is \(3, 8, 8\)"):
         NatureCNN((3, 8, 8))
     with pytest.raises(ValueError, match="Encoder: images and vectors are empty"):
