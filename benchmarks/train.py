@@ -3,6 +3,9 @@
     python benchmarks/train.py                                  # CartPole-v1 at rl-zoo's settings
     python benchmarks/train.py --task pong --steps 20000        # ALE/Pong-v5, the Nature network
     python benchmarks/train.py --threads 1 2 --repeats 5 --json benchmarks/results/train.json
+    python benchmarks/train.py --apart                          # what each fused call brings
+
+The last table takes pywm apart: each line replaces one more fused call by the usual PyTorch code.
 
 Each run is a process of its own; rivals take turns, so that a busy machine is busy for all of them. Steps per second cover
 the training alone, not imports. All sides have the same network, environments, rollouts, minibatches and epochs.
@@ -50,8 +53,13 @@ TASKS = {
 }
 
 
-def run_pywm(task: Task, seed: int) -> tuple[float, float]:
-    """Train with ``pywm.algos.ppo``; return seconds and the last return."""
+def run_pywm(task: Task, seed: int, *replaced: str) -> tuple[float, float]:
+    """Train with ``pywm.algos.ppo``; return seconds and the last return.
+
+    ``replaced`` names calls that are replaced by plain PyTorch: ``"layers"``, ``"loss"``, ``"optimizer"``.
+    """
+    for name in replaced:
+        PLAIN[name]()
     from pywm.algos import ppo
     from pywm.training.run import NullRun
 
@@ -69,6 +77,64 @@ def run_pywm(task: Task, seed: int) -> tuple[float, float]:
     start = time.perf_counter()
     ppo.train(ppo.Config(seed=seed, **shared), task.env, run=run)
     return time.perf_counter() - start, run.score
+
+
+def _plain_layers() -> None:
+    import torch
+
+    from pywm.nn import MLP
+
+    def forward(self: Any, x: Any) -> Any:
+        for layer in self.layers[:-1]:
+            x = torch.tanh(layer(x))
+        return self.layers[-1](x)
+
+    MLP.forward = forward  # type: ignore[method-assign]
+
+
+def _plain_loss() -> None:
+    import torch
+
+    from pywm.algos import ppo
+    from pywm.ops import PPOLoss, PPOStats
+
+    def loss(
+        dist: Any, action: Any, old: Any, advantage: Any, value: Any, returns: Any, **settings: Any
+    ) -> Any:
+        clip = settings["clip"]
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        log_ratio = dist.log_prob(action) - old
+        ratio = log_ratio.exp()
+        policy = torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)).mean()
+        value_loss = 0.5 * (value - returns).square().mean()
+        entropy = dist.entropy().mean()
+        total = policy + settings["value_coef"] * value_loss - settings["entropy_coef"] * entropy
+        with torch.no_grad():
+            clipped, kl = ((ratio - 1).abs() > clip).float().mean(), (ratio - 1 - log_ratio).mean()
+        return PPOLoss(total, PPOStats(policy.detach(), value_loss.detach(), entropy.detach(), clipped, kl))
+
+    ppo.ppo_loss = loss  # type: ignore[assignment]
+
+
+def _plain_optimizer() -> None:
+    import torch
+
+    from pywm.optim import Adam
+
+    def step(self: Any, lr: float) -> Any:
+        parameters = list(self.parameters.views.values())
+        if self.updates == 0:
+            self.inner = torch.optim.Adam(parameters, eps=1e-5)
+        self.updates += 1
+        self.inner.param_groups[0]["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        self.inner.step()
+        return norm
+
+    Adam.step = step  # type: ignore[method-assign]
+
+
+PLAIN = {"layers": _plain_layers, "loss": _plain_loss, "optimizer": _plain_optimizer}
 
 
 def run_sb3(task: Task, seed: int) -> tuple[float, float]:
@@ -218,6 +284,12 @@ def run_loop(task: Task, seed: int) -> tuple[float, float]:
 
 
 RIVALS = {"pywm": run_pywm, "stable-baselines3": run_sb3, "loop in CleanRL's style": run_loop}
+# Replaced one after the other, so that the gain of each is measured with the others' help gone.
+APART = {
+    "pywm, PyTorch layers": ("layers",),
+    "and PyTorch loss": ("layers", "loss"),
+    "and PyTorch optimiser": ("layers", "loss", "optimizer"),
+}
 
 
 @dataclass(frozen=True)
@@ -234,6 +306,8 @@ class Options:
     """Runs of each; the median counts."""
     rivals: tuple[str, ...] = tuple(RIVALS)
     """Whom to compare."""
+    apart: bool = False
+    """Compare pywm with itself, its fused calls replaced one after the other, instead."""
     json: str | None = None
     """Write the figures here, too."""
 
@@ -260,7 +334,11 @@ def work(job: str) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    print(json.dumps(RIVALS[rival](Task(**task), seed)))
+    if rival in APART:
+        result = run_pywm(Task(**task), seed, *APART[rival])
+    else:
+        result = RIVALS[rival](Task(**task), seed)
+    print(json.dumps(result))
 
 
 def main(options: Options) -> None:
@@ -269,10 +347,11 @@ def main(options: Options) -> None:
     task = TASKS[options.task]
     if options.steps is not None:
         task = Task(**{**vars(task), "steps": options.steps})
+    rivals = ("pywm", *APART) if options.apart else options.rivals
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for repeat in range(options.repeats):
         for threads in options.threads:
-            for rival in options.rivals:
+            for rival in rivals:
                 found.setdefault((rival, threads), []).append(measure(rival, task, threads, repeat))
     print(f"\nPPO on {task.env}: {task.steps} steps, {task.num_envs} x {task.num_steps}, {task.epochs} epochs of "
           f"{task.batch_size} rows; medians of {options.repeats}, interleaved")  # fmt: skip

@@ -1,0 +1,52 @@
+"""PPO reaches its scores on real environments; the same command makes the recorded results.
+
+python -m pytest -m slow tests/algos -k CartPole
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "LunarLander-v3"])
+def test_reaches_its_score(env: str, tmp_path: Path) -> None:
+    if env == "LunarLander-v3":
+        pytest.importorskip("Box2D")
+    command = [
+        sys.executable,
+        "benchmarks/learning.py",
+        env,
+        "--out",
+        str(tmp_path),
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert result.returncode == 0, result.stdout
+    assert len(json.loads((tmp_path / f"{env}.json").read_text())["seeds"]) == 5
+    assert (tmp_path / f"{env}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "LunarLander-v3"])
+def test_recorded_results_reach_the_goal(env: str) -> None:
+    record = ROOT / "docs" / "results" / "ppo" / f"{env}.json"
+    result = json.loads(record.read_text())
+    goal = result["goal"]
+    good = [
+        row["return_mean"] >= goal["score"] and row["seconds"] <= goal["seconds"] for row in result["seeds"]
+    ]
+    assert len(good) >= 5
+    assert sum(good) >= goal["share"] * len(good)
+    assert all(len(row["returns"]) == 20 for row in result["seeds"])
