@@ -39,9 +39,9 @@ def _load() -> tuple[ModuleType | None, str]:
         module = importlib.import_module("pywm._C")
     except ImportError as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if reason.startswith("PYWM_"):  # a setting that the module refuses is the user's to mend
+            raise ValueError(f"pywm: {reason}") from None
         return None, f"the compiled module does not load ({reason}); mend it with: {mend()}"
-    except Exception as error:  # a setting that the module refuses, such as an unknown PYWM_CPU_ISA
-        raise type(error)(f"pywm: {error}") from None
     found = getattr(module, "__version__", None)
     if found != __version__:
         what = f"the compiled module is of version {found}, the package of {__version__}"
@@ -68,11 +68,11 @@ def mend() -> str:
 
 
 def _absence() -> str:
-    foreign = [p.name for p in Path(__file__).parents[1].glob("_C.*") if p.suffix in (".so", ".pyd")]
+    wanted = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    found = [p.name for p in Path(__file__).parents[1].glob("_C.*") if p.suffix in (".so", ".pyd")]
+    foreign = ", ".join(sorted(name for name in found if name != wanted))
     if foreign:
-        wanted = sysconfig.get_config_var("EXT_SUFFIX")
-        found = ", ".join(sorted(foreign))
-        return f"the compiled module is of another Python (found {found}, this one loads _C{wanted})"
+        return f"the compiled module is of another Python (found {foreign}, this one loads {wanted})"
     return "no compiled module in this installation (it needs a C++ compiler, and PYWM_NO_EXT unset)"
 
 
