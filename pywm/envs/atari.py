@@ -144,7 +144,7 @@ class Atari(VectorEnv):
         obs, reward, terminated, truncated, info = self._env.step(actions)
         self._keep(obs, info)
         if self._episodic_life:
-            info["life_lost"] = (self._lives < before) & ~(terminated | truncated)
+            info["life_lost"] = self._lives < before
         return obs, reward, terminated, truncated, info
 
     def _make_room(self) -> None:

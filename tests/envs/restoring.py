@@ -61,8 +61,15 @@ def check_restoring(build: Callable[[], Envs], before: int, after: int) -> list[
     for out in expected:
         for a, b in zip(out, fresh.step(act(fresh, rest)), strict=True):
             same(a, b)
+    # Saved again, the two are the same in everything.
+    again, other = fresh.get_state(), envs.get_state()
+    assert again is not None
+    assert other is not None
     assert fresh.episodes() == episodes
-    same(fresh.obs, envs.obs)
+    assert {**again.data, "episodes": []} == {**other.data, "episodes": []}
+    assert again.tensors.keys() == other.tensors.keys()
+    for key, tensor in other.tensors.items():
+        same(again.tensors[key].numpy(), tensor.numpy())
     envs.close()
     fresh.close()
     return outs + expected

@@ -329,10 +329,18 @@ def test_obs_before_the_first_reset_is_an_error() -> None:
         _ = make("CartPole-v1").obs
 
 
-def test_closing_twice_does_no_harm() -> None:
-    envs = make("pywm/Counter-v0", 2)
+def test_closing_twice_closes_the_source_once() -> None:
+    class Closing(Reusing):
+        closings = 0
+
+        def close(self, **kwargs: Any) -> None:
+            self.closings += 1
+
+    env = Closing()
+    envs = Envs(env)
     envs.close()
     envs.close()
+    assert env.closings == 1
 
 
 def test_the_adapter_adds_little_to_a_step() -> None:

@@ -18,6 +18,7 @@ from pywm.types import State
     ("env_id", "limit"),
     [
         ("CartPole-v1", None),
+        ("CartPole-v1", 15),
         ("CartPole-v0", 30),
         ("Pendulum-v1", 30),
         ("Acrobot-v1", 30),
