@@ -209,6 +209,8 @@ while True:
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     # As the next process would: clean, then load.
     checkpoint.clean(folder)
+    for path in checkpoint.list_checkpoints(folder):
+        checkpoint.verify(path)  # no half removed one either
     loaded = checkpoint.load(folder)
     value = loaded.state.data["agent"]["value"]
     assert not loaded.skipped, (fatal, loaded.skipped)
