@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +30,7 @@ BUILD = Path(os.environ.get("PYWM_EMULATOR_BUILD", ROOT / "build" / "cuda_on_cpu
 CXX = os.environ.get("CXX", "g++")
 
 FLAGS = (
-    *("-std=c++20", "-g1", "-O1", "-fPIC", "-fno-omit-frame-pointer", "-fno-strict-aliasing"),
+    *("-std=c++20", "-g1", "-fPIC", "-fno-omit-frame-pointer", "-fno-strict-aliasing"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     *("-DPYWM_EMULATED", f"-I{CSRC}", f"-I{HERE / 'include'}"),
 )
@@ -57,19 +58,19 @@ class Mode:
 
 _ASAN = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 MODES = {
-    "plain": Mode("plain"),
+    "plain": Mode("plain", kernel_flags=("-O1",), emulator_flags=("-O1",)),
     "asan": Mode(
         "asan",
-        kernel_flags=_ASAN,
-        emulator_flags=("-DEMULATOR_ASAN",),
+        kernel_flags=("-O0", *_ASAN),  # optimised, it takes twice as long to compile
+        emulator_flags=("-O1", "-DEMULATOR_ASAN"),
         link_flags=_ASAN,
         libraries=("libasan.so", "libubsan.so"),
         environment={"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
     ),
     "tsan": Mode(
         "tsan",
-        kernel_flags=("-fsanitize=thread",),
-        emulator_flags=("-DEMULATOR_TSAN",),
+        kernel_flags=("-O1", "-fsanitize=thread"),
+        emulator_flags=("-O1", "-DEMULATOR_TSAN"),
         link_flags=("-fsanitize=thread",),
         libraries=("libtsan.so",),
         environment={"TSAN_OPTIONS": "ignore_noninstrumented_modules=1 exitcode=0"},
@@ -105,8 +106,12 @@ SCHEDULES = {
 
 def build(name: str, sources: Sequence[Path], mode: Mode, *, shared: bool = False) -> Path:
     """Compile ``sources`` with the emulator into a program or a shared library, and return its path."""
-    objects = [_compile(HERE / "emulator.cpp", mode.emulator_flags)]
-    objects += [_compile(source, mode.kernel_flags) for source in sources]
+    jobs = [
+        (HERE / "emulator.cpp", mode.emulator_flags),
+        *((source, mode.kernel_flags) for source in sources),
+    ]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        objects = list(pool.map(lambda job: _compile(*job), jobs))
     key = _hash(*(str(o) for o in objects), *mode.link_flags)
     target = BUILD / f"{name}-{mode.name}-{key}{'.so' if shared else ''}"
     if not target.exists():
@@ -115,7 +120,9 @@ def build(name: str, sources: Sequence[Path], mode: Mode, *, shared: bool = Fals
 
 
 def _compile(source: Path, flags: Sequence[str]) -> Path:
-    headers = [p for folder in (CSRC, HERE) for p in sorted(folder.rglob("*")) if p.suffix in {".h", ".cuh"}]
+    folders = (CSRC / "cuda", CSRC / "math", HERE, HERE / "include")
+    headers = [CSRC / "macros.h", CSRC / "ops.h"]
+    headers += [p for folder in folders for p in sorted(folder.iterdir()) if p.suffix in {".h", ".cuh"}]
     content = [p.read_text() for p in [source, *headers]]
     target = BUILD / f"{source.stem}-{_hash(_compiler_version(), str(source), *FLAGS, *flags, *content)}.o"
     if not target.exists():

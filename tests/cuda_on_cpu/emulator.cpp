@@ -1,9 +1,9 @@
 // The scheduler of the emulator: fibers, barriers, warps, shared memory. See emulator.h.
 //
-// This file is never built with -fsanitize: the sanitizers watch the kernels, not the scheduler. With -DEMULATOR_ASAN it
-// tells AddressSanitizer about the stacks of the fibers. With -DEMULATOR_TSAN it tells ThreadSanitizer that every CUDA
-// thread is a thread of its own, that switching between them orders nothing, and that CUDA's barriers do; so a race is
-// reported whatever the order of the threads happened to be.
+// This file is never built with -fsanitize: the sanitizers watch the kernels, not the scheduler. With -DEMULATOR_ASAN
+// it tells AddressSanitizer about the stacks of the fibers. With -DEMULATOR_TSAN it tells ThreadSanitizer that every
+// CUDA thread is a thread of its own, that switching between them orders nothing, and that CUDA's barriers do; so a
+// race is reported whatever the order of the threads happened to be.
 #include "emulator.h"
 
 #include <sys/mman.h>
@@ -109,6 +109,13 @@ struct Copy {
   CopyFunction function;
 };
 
+// What a fiber runs on. ThreadSanitizer takes all that runs on one for one thread: so within a launch none is used
+// twice, while launches come one after the other anyway.
+struct Vessel {
+  char* stack = nullptr;
+  [[maybe_unused]] void* tsan_fiber = nullptr;
+};
+
 struct Fiber {
   enum class State { kReady, kAtBarrier, kInWarp, kAtGridBarrier, kDone };
 
@@ -123,14 +130,13 @@ struct Fiber {
   std::vector<Copy> open_copies;
   std::vector<std::vector<Copy>> committed_copies;
 
-  char* stack = nullptr;
+  Vessel vessel;
 #if defined(__x86_64__)
   void* stack_pointer = nullptr;
 #else
   ucontext_t context;
 #endif
   [[maybe_unused]] void* asan_fake_stack = nullptr;
-  [[maybe_unused]] void* tsan_fiber = nullptr;
 };
 
 struct SharedArray {
@@ -158,7 +164,8 @@ struct Scheduler {
   uint64_t seed = 1;
   unsigned resident_blocks = 1;
   std::unordered_map<const void*, size_t> allowed_dynamic_shared;
-  std::vector<char*> free_stacks;
+  std::vector<Vessel> free_vessels;
+  std::vector<Vessel> used_vessels;  // under ThreadSanitizer: by this launch
 
   Launch launch{};
   const std::function<void()>* body = nullptr;
@@ -222,9 +229,9 @@ void run(Fiber* fiber) {
   g.running = fiber;
   current = fiber->indices;
 #if defined(EMULATOR_ASAN)
-  __sanitizer_start_switch_fiber(&g.asan_main_fake_stack, fiber->stack, kStackBytes);
+  __sanitizer_start_switch_fiber(&g.asan_main_fake_stack, fiber->vessel.stack, kStackBytes);
 #endif
-  TSAN(__tsan_switch_to_fiber(fiber->tsan_fiber, 1));
+  TSAN(__tsan_switch_to_fiber(fiber->vessel.tsan_fiber, 1));
 #if defined(__x86_64__)
   emulator_swap(&g.main_stack_pointer, fiber->stack_pointer);
 #else
@@ -250,28 +257,39 @@ extern "C" void emulator_fiber_entry() {
   std::abort();  // a fiber that is done is never resumed
 }
 
-char* take_stack() {
-  if (g.free_stacks.empty()) {
+Vessel take_vessel() {
+  if (g.free_vessels.empty()) {
     void* memory =
         mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::runtime_error("emulator: out of memory for stacks");
     mprotect(memory, kGuardBytes, PROT_NONE);
-    return static_cast<char*>(memory);
+    Vessel vessel{static_cast<char*>(memory)};
+    TSAN(vessel.tsan_fiber = __tsan_create_fiber(0));
+    return vessel;
   }
-  char* stack = g.free_stacks.back();
-  g.free_stacks.pop_back();
+  const Vessel vessel = g.free_vessels.back();
+  g.free_vessels.pop_back();
 #if defined(EMULATOR_ASAN)
   // The last user's frames never returned, so their redzones still stand.
-  __asan_unpoison_memory_region(stack + kGuardBytes, kStackBytes - kGuardBytes);
+  __asan_unpoison_memory_region(vessel.stack + kGuardBytes, kStackBytes - kGuardBytes);
 #endif
-  return stack;
+  return vessel;
 }
 
-void free_stack(char* stack) {
+void give_back([[maybe_unused]] Fiber* fiber) {
 #if defined(EMULATOR_TSAN)
-  munmap(stack, kStackBytes);  // a reused stack would look like a race between its two users
+  if (fiber->state != Fiber::State::kDone) {
+    // Stopped by an error: for the host, whatever it did comes before the end of the launch all the same.
+    __tsan_switch_to_fiber(fiber->vessel.tsan_fiber, 1);
+    __tsan_release(&end_token);
+    __tsan_switch_to_fiber(g.tsan_main_fiber, 1);
+    __tsan_destroy_fiber(fiber->vessel.tsan_fiber);
+    munmap(fiber->vessel.stack, kStackBytes);
+    return;
+  }
+  g.used_vessels.push_back(fiber->vessel);
 #else
-  g.free_stacks.push_back(stack);
+  g.free_vessels.push_back(fiber->vessel);
 #endif
 }
 
@@ -285,42 +303,27 @@ Fiber* make_fiber(Block* block, unsigned linear_index) {
   fiber->indices.grid_dim = g.launch.grid;
   fiber->indices.thread = {linear_index % block_dim.x, linear_index / block_dim.x % block_dim.y,
                            linear_index / block_dim.x / block_dim.y};
-  fiber->stack = take_stack();
+  fiber->vessel = take_vessel();
 #if defined(__x86_64__)
   // What emulator_swap pops: six registers and the address to return to; above it a null frame, 16-byte aligned.
-  void** top = reinterpret_cast<void**>(fiber->stack + kStackBytes - 64);
+  void** top = reinterpret_cast<void**>(fiber->vessel.stack + kStackBytes - 64);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(emulator_fiber_entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   fiber->stack_pointer = top;
 #else
   getcontext(&fiber->context);
-  fiber->context.uc_stack.ss_sp = fiber->stack;
+  fiber->context.uc_stack.ss_sp = fiber->vessel.stack;
   fiber->context.uc_stack.ss_size = kStackBytes;
   makecontext(&fiber->context, emulator_fiber_entry, 0);
 #endif
 #if defined(EMULATOR_TSAN)
-  fiber->tsan_fiber = __tsan_create_fiber(0);
   char name[80];
   const uint3 b = block->index, t = fiber->indices.thread;
   std::snprintf(name, sizeof name, "block (%u,%u,%u) thread (%u,%u,%u)", b.x, b.y, b.z, t.x, t.y, t.z);
-  __tsan_set_fiber_name(fiber->tsan_fiber, name);
+  __tsan_set_fiber_name(fiber->vessel.tsan_fiber, name);
 #endif
   return fiber;
-}
-
-void free_fiber(Fiber* fiber) {
-#if defined(EMULATOR_TSAN)
-  if (fiber->state != Fiber::State::kDone) {
-    // Stopped by an error: for the host, whatever it did comes before the end of the launch all the same.
-    __tsan_switch_to_fiber(fiber->tsan_fiber, 1);
-    __tsan_release(&end_token);
-    __tsan_switch_to_fiber(g.tsan_main_fiber, 1);
-  }
-  __tsan_destroy_fiber(fiber->tsan_fiber);
-#endif
-  free_stack(fiber->stack);
-  delete fiber;
 }
 
 // ---- Who runs next ------------------------------------------------------------------------------------------------
@@ -425,7 +428,10 @@ void start_block(unsigned linear_index) {
 }
 
 void free_block(Block* block) {
-  for (Fiber* fiber : block->fibers) free_fiber(fiber);
+  for (Fiber* fiber : block->fibers) {
+    give_back(fiber);
+    delete fiber;
+  }
   for (const SharedArray& array : block->static_shared) std::free(array.memory);
   std::free(block->dynamic_shared);
   g.resident.erase(std::find(g.resident.begin(), g.resident.end(), block));
@@ -549,6 +555,8 @@ void run_grid() {
   }
   // Only after an error: what these threads had on their stacks is lost.
   while (!g.resident.empty()) free_block(g.resident.back());
+  g.free_vessels.insert(g.free_vessels.end(), g.used_vessels.begin(), g.used_vessels.end());
+  g.used_vessels.clear();
 }
 
 }  // namespace

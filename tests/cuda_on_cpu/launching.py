@@ -72,7 +72,13 @@ def launch_all(calls: Sequence[tuple[Call, Schedule]], mode_name: str) -> list[R
         request = Path(scratch) / "request"
         _write_request(request, calls)
         while len(results) < len(calls):
-            arguments = [str(HERE / "run_launchers.py"), str(library), str(request), scratch, str(len(results))]
+            arguments = [
+                str(HERE / "run_launchers.py"),
+                str(library),
+                str(request),
+                scratch,
+                str(len(results)),
+            ]
             results += _collect(run_python(arguments, mode), Path(scratch), len(results), len(calls))
     return results
 

@@ -89,7 +89,12 @@ class Memory:
 
 def main() -> None:
     """Run the calls."""
-    library, request, results, first = ctypes.CDLL(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+    library, request, results, first = (
+        ctypes.CDLL(sys.argv[1]),
+        sys.argv[2],
+        Path(sys.argv[3]),
+        int(sys.argv[4]),
+    )
     library.emulator_error.restype = ctypes.c_char_p
     library.emulator_set_schedule.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
     library.ppo_loss_workspace.restype = ctypes.c_int64
@@ -120,7 +125,8 @@ def main() -> None:
             (results / f"{number}.txt").write_text(library.emulator_error().decode())
         else:
             got = {
-                name: memory.read(getattr(args, name), shape, dtype) for name, shape in call["outputs"].items()
+                name: memory.read(getattr(args, name), shape, dtype)
+                for name, shape in call["outputs"].items()
             }
             np.savez(results / f"{number}.npz", **got)
         memory.free()

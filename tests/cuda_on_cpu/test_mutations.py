@@ -1,0 +1,52 @@
+"""Every barrier of the kernels is needed, and the tests would notice: without it, ThreadSanitizer reports a race."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import emulation
+import pytest
+from emulation import CSRC, SCHEDULES, why_unavailable
+from launching import SOURCES, launch_all
+from test_ppo_loss import Setting, build_case
+from test_scans import BUILDERS, cases
+
+BARRIER = re.compile(r"^\s*__sync(?:threads|warp)\(\);")
+FILES = sorted(p for p in (CSRC / "cuda").iterdir() if p.suffix in {".cu", ".cuh"})
+BARRIERS = [
+    (path.name, number)
+    for path in FILES
+    for number, line in enumerate(path.read_text().splitlines(), 1)
+    if BARRIER.match(line)
+]
+# Several rows a block at a time and several times, so that barriers at the end of a loop matter too.
+SETTINGS = [Setting(300, nvec=(6,), valid=0.7), Setting(8200, parts=66, shared=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "number"), BARRIERS, ids=[f"{name}:{number}" for name, number in BARRIERS])
+def test_a_missing_barrier_is_noticed(
+    name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = why_unavailable("tsan")
+    if reason:
+        pytest.skip(reason)
+    copy = tmp_path / "csrc"
+    shutil.copytree(CSRC, copy, ignore=shutil.ignore_patterns("cpu"))
+    lines = (copy / "cuda" / name).read_text().splitlines(keepends=True)
+    lines[number - 1] = BARRIER.sub("", lines[number - 1])
+    (copy / "cuda" / name).write_text("".join(lines))
+    flags = [f"-I{copy}" if flag == f"-I{CSRC}" else flag for flag in emulation.FLAGS]
+    monkeypatch.setattr(emulation, "FLAGS", tuple(flags))
+    monkeypatch.setattr(emulation, "CSRC", copy)
+    monkeypatch.setattr(emulation, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(
+        "launching.SOURCES", [copy / p.relative_to(CSRC) if CSRC in p.parents else p for p in SOURCES]
+    )
+
+    calls = [case.call for op in BUILDERS for case in cases(op, (40, 1)).values()]
+    calls += [build_case(setting, "float32").call for setting in SETTINGS]
+    results = launch_all([(call, SCHEDULES["forward"]) for call in calls], "tsan")
+    assert any("data race" in result.report for result in results)
