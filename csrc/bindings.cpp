@@ -1,7 +1,7 @@
 // Python <-> C++ boundary: the only file that includes pybind11.
 //
-// Every op has one entry. It looks at the tensors through torch's DLPack exchange API, and serves the call only if it is
-// plain: ordinary tensors of one device, one kernel dtype and fitting shapes, contiguous, nothing that asks for
+// Every op has one entry. It looks at the tensors through torch's DLPack exchange API, and serves the call only if it
+// is plain: ordinary tensors of one device, one kernel dtype and fitting shapes, contiguous, nothing that asks for
 // gradients, nobody tracing. Otherwise it returns None, and pywm/ops explains what is wrong or finds the way that
 // works. So the common call costs one crossing, and every message is written in one place, pywm/ops/_check.py.
 //
@@ -29,7 +29,8 @@ namespace {
 
 using pywm::abi::View;
 
-// ---- what is looked up in torch once ---------------------------------------------------------------------------------
+// ---- what is looked up in torch once
+// ---------------------------------------------------------------------------------
 
 struct Torch {
   const pywm::abi::Exchange* api = nullptr;
@@ -54,8 +55,7 @@ const pywm::abi::Exchange* find_exchange_api(py::handle tensor_type) {
       if (header->version.major == 1 && api->view_from_python && api->current_stream) return api;
     }
   }
-  throw py::import_error(
-      "this torch offers no DLPack C exchange API of version 1; pywm's kernels need torch >= 2.10");
+  throw py::import_error("this torch offers no DLPack C exchange API of version 1; pywm's kernels need torch >= 2.10");
 }
 
 void find_torch() {
@@ -96,7 +96,8 @@ bool view_of(py::handle object, View& view) {
   return view.data || pywm::abi::numel(view) == 0;
 }
 
-// ---- how often each kernel ran: lets a test assert which backend served a call ---------------------------------------
+// ---- how often each kernel ran: lets a test assert which backend served a call
+// ---------------------------------------
 
 struct Counter {
   const char* name;
@@ -112,7 +113,8 @@ Counter& counter(const char* name) {
   throw std::logic_error("too many kernels to count");
 }
 
-// ---- one call --------------------------------------------------------------------------------------------------------
+// ---- one call
+// --------------------------------------------------------------------------------------------------------
 
 class Call {
  public:
@@ -355,7 +357,8 @@ void by_dtype(const Call& call, const Fn& fn) {
     fn.template operator()<double>();
 }
 
-// ---- the ops ---------------------------------------------------------------------------------------------------------
+// ---- the ops
+// ---------------------------------------------------------------------------------------------------------
 
 py::object gae(py::handle reward, py::handle value, py::handle next_value, py::handle terminated, py::handle truncated,
                py::handle valid, py::handle discount, py::handle lam, bool direct) {
@@ -374,8 +377,9 @@ py::object gae(py::handle reward, py::handle value, py::handle next_value, py::h
   if (!call.ok()) return py::none();
   if (call.numel() > 0)
     by_dtype(call, [&]<typename S>() {
-      const pywm::GaeArgs<S> a{in<S>(r), in<S>(v),          in<S>(nv),    te,   tr, ok, out<S>(advantage_data),
-                               out<S>(returns_data), call.size(0), call.size(1), S(g), S(l)};
+      const pywm::GaeArgs<S> a{
+          in<S>(r),     in<S>(v),     in<S>(nv), te,  tr, ok, out<S>(advantage_data), out<S>(returns_data),
+          call.size(0), call.size(1), S(g),      S(l)};
       call.run([&] { pywm::cpu::gae(a); }, [&](void* stream) { pywm::cuda::gae(a, stream); });
     });
   return named(direct ? &PyTuple_Type : gae_result, advantage, returns);
@@ -408,9 +412,9 @@ py::object gae_backward(py::handle like, py::handle grad_advantage, py::handle g
   if (!call.ok()) return py::none();
   if (call.numel() > 0)
     by_dtype(call, [&]<typename S>() {
-      const pywm::GaeBackwardArgs<S> a{in<S>(ga),           in<S>(gr),           te,   tr, ok, out<S>(reward_data),
-                                       out<S>(value_data),  out<S>(next_data),   call.size(0), call.size(1),
-                                       S(discount),         S(lam)};
+      const pywm::GaeBackwardArgs<S> a{
+          in<S>(ga),          in<S>(gr),         te,           tr,           ok,          out<S>(reward_data),
+          out<S>(value_data), out<S>(next_data), call.size(0), call.size(1), S(discount), S(lam)};
       call.run([&] { pywm::cpu::gae_backward(a); }, [&](void* stream) { pywm::cuda::gae_backward(a, stream); });
     });
   return py::make_tuple(reward, value, next);
@@ -432,7 +436,7 @@ py::object lambda_return(py::handle reward, py::handle discount, py::handle next
   if (!call.ok()) return py::none();
   if (call.numel() > 0)
     by_dtype(call, [&]<typename S>() {
-      const pywm::LambdaReturnArgs<S> a{in<S>(r), in<S>(d),     in<S>(nv),    in<S>(rows), ok, out<S>(returns_data),
+      const pywm::LambdaReturnArgs<S> a{in<S>(r),     in<S>(d),     in<S>(nv), in<S>(rows), ok, out<S>(returns_data),
                                         call.size(0), call.size(1), S(l)};
       call.run([&] { pywm::cpu::lambda_return(a); }, [&](void* stream) { pywm::cuda::lambda_return(a, stream); });
     });
@@ -457,10 +461,10 @@ py::object lambda_return_backward(py::handle grad, py::handle discount, py::hand
   if (!call.ok()) return py::none();
   if (call.numel() > 0)
     by_dtype(call, [&]<typename S>() {
-      const pywm::LambdaReturnBackwardArgs<S> a{in<S>(g),           in<S>(d),           in<S>(nv),        in<S>(ret),
-                                                in<S>(rows),        ok,                 out<S>(reward_data),
-                                                out<S>(discount_data), out<S>(next_data), call.size(0),
-                                                call.size(1),       S(lam)};
+      const pywm::LambdaReturnBackwardArgs<S> a{
+          in<S>(g),          in<S>(d),     in<S>(nv),           in<S>(ret),
+          in<S>(rows),       ok,           out<S>(reward_data), out<S>(discount_data),
+          out<S>(next_data), call.size(0), call.size(1),        S(lam)};
       call.run([&] { pywm::cpu::lambda_return_backward(a); },
                [&](void* stream) { pywm::cuda::lambda_return_backward(a, stream); });
     });
@@ -479,8 +483,8 @@ py::object discounted_return(py::handle reward, py::handle discount, py::handle 
   if (!call.ok()) return py::none();
   if (call.numel() > 0)
     by_dtype(call, [&]<typename S>() {
-      const pywm::DiscountedReturnArgs<S> a{in<S>(r), in<S>(d), in<S>(b), out<S>(returns_data), call.size(0),
-                                            call.size(1)};
+      const pywm::DiscountedReturnArgs<S> a{in<S>(r),     in<S>(d),    in<S>(b), out<S>(returns_data),
+                                            call.size(0), call.size(1)};
       call.run([&] { pywm::cpu::discounted_return(a); },
                [&](void* stream) { pywm::cuda::discounted_return(a, stream); });
     });
@@ -498,14 +502,19 @@ py::object discounted_return_backward(py::handle grad, py::handle discount, py::
   void *reward_data, *discount_data, *bootstrap_data;
   py::object grad_reward = wanted(call, want_reward, grad, reward_data);
   py::object grad_discount = wanted(call, want_discount, grad, discount_data);
-  py::object grad_bootstrap =
-      call.empty(grad, py::make_tuple(want_bootstrap ? call.size(1) : 0), bootstrap_data);
+  py::object grad_bootstrap = call.empty(grad, py::make_tuple(want_bootstrap ? call.size(1) : 0), bootstrap_data);
   if (!call.ok()) return py::none();
   if (call.numel() > 0)
     by_dtype(call, [&]<typename S>() {
-      const pywm::DiscountedReturnBackwardArgs<S> a{
-          in<S>(g),           in<S>(d),           in<S>(b),     in<S>(ret),  out<S>(reward_data),
-          out<S>(discount_data), want_bootstrap ? out<S>(bootstrap_data) : nullptr, call.size(0), call.size(1)};
+      const pywm::DiscountedReturnBackwardArgs<S> a{in<S>(g),
+                                                    in<S>(d),
+                                                    in<S>(b),
+                                                    in<S>(ret),
+                                                    out<S>(reward_data),
+                                                    out<S>(discount_data),
+                                                    want_bootstrap ? out<S>(bootstrap_data) : nullptr,
+                                                    call.size(0),
+                                                    call.size(1)};
       call.run([&] { pywm::cpu::discounted_return_backward(a); },
                [&](void* stream) { pywm::cuda::discounted_return_backward(a, stream); });
     });
@@ -532,9 +541,20 @@ py::object vtrace(py::handle log_ratio, py::handle reward, py::handle discount, 
   if (!call.ok()) return py::none();
   if (call.numel() > 0)
     by_dtype(call, [&]<typename S>() {
-      const pywm::VtraceArgs<S> a{in<S>(lr), in<S>(r), in<S>(d), in<S>(v), in<S>(nv), tr, out<S>(target_data),
-                                  out<S>(advantage_data), out<S>(y_data), call.size(0), call.size(1), S(lam),
-                                  S(rho_clip), S(c_clip)};
+      const pywm::VtraceArgs<S> a{in<S>(lr),
+                                  in<S>(r),
+                                  in<S>(d),
+                                  in<S>(v),
+                                  in<S>(nv),
+                                  tr,
+                                  out<S>(target_data),
+                                  out<S>(advantage_data),
+                                  out<S>(y_data),
+                                  call.size(0),
+                                  call.size(1),
+                                  S(lam),
+                                  S(rho_clip),
+                                  S(c_clip)};
       call.run([&] { pywm::cpu::vtrace(a); }, [&](void*) { no_cuda_kernel("vtrace"); });
     });
   return py::make_tuple(target, advantage, y);
@@ -560,9 +580,21 @@ py::object vtrace_backward(py::handle grad_target, py::handle grad_advantage, py
   if (!call.ok()) return py::none();
   if (call.numel() > 0)
     by_dtype(call, [&]<typename S>() {
-      const pywm::VtraceBackwardArgs<S> a{in<S>(gt), in<S>(ga), in<S>(lr), in<S>(d), in<S>(nv), in<S>(ys), tr,
-                                          out<S>(reward_data), out<S>(discount_data), out<S>(value_data),
-                                          out<S>(next_data), call.size(0), call.size(1), S(lam), S(rho_clip),
+      const pywm::VtraceBackwardArgs<S> a{in<S>(gt),
+                                          in<S>(ga),
+                                          in<S>(lr),
+                                          in<S>(d),
+                                          in<S>(nv),
+                                          in<S>(ys),
+                                          tr,
+                                          out<S>(reward_data),
+                                          out<S>(discount_data),
+                                          out<S>(value_data),
+                                          out<S>(next_data),
+                                          call.size(0),
+                                          call.size(1),
+                                          S(lam),
+                                          S(rho_clip),
                                           S(c_clip)};
       call.run([&] { pywm::cpu::vtrace_backward(a); }, [&](void*) { no_cuda_kernel("vtrace_backward"); });
     });
@@ -622,9 +654,18 @@ struct PpoTensors {
 
   template <typename S>
   pywm::PpoLossCommon<S> common() const {
-    return {in<S>(old_log_prob), in<S>(advantage), in<S>(value),           in<S>(returns),
-            in<S>(old_value),    valid,            out<S>(loss_data),      out<S>(stats_data),
-            out<S>(grad_value_data), workspace_data, M, options};
+    return {in<S>(old_log_prob),
+            in<S>(advantage),
+            in<S>(value),
+            in<S>(returns),
+            in<S>(old_value),
+            valid,
+            out<S>(loss_data),
+            out<S>(stats_data),
+            out<S>(grad_value_data),
+            workspace_data,
+            M,
+            options};
   }
 };
 
@@ -643,8 +684,7 @@ py::object ppo_loss_categorical(py::handle logits, const std::vector<int64_t>& n
     width += n;
   }
   const int64_t G = static_cast<int64_t>(nvec.size());
-  if (width != call.first().shape[rank] || (!grouped && G != 1)) return py::none();
-  if (call.first().device.type == pywm::abi::kCUDA && G > pywm::cuda::kMaxGroups) return py::none();
+  if (width != call.first().shape[rank] || G > pywm::kMaxGroups || (!grouped && G != 1)) return py::none();
   const int64_t* act = call.classes(action, call.first(), rank, grouped ? G : -1);
   PpoTensors t;
   t.inputs(call, old_log_prob, advantage, value, returns, old_value, valid, rank);
@@ -689,10 +729,9 @@ py::object ppo_loss_gaussian(py::handle mean, py::handle log_std, py::handle act
   if (!want_dist) log_std_data = nullptr;
   if (!call.ok()) return py::none();
   by_dtype(call, [&]<typename S>() {
-    const pywm::PpoLossGaussianArgs<S> a{t.common<S>(), in<S>(mu), in<S>(ls), in<S>(act), out<S>(mean_data),
-                                         out<S>(log_std_data), A, shared ? 1 : t.M};
-    call.run([&] { pywm::cpu::ppo_loss_gaussian(a); },
-             [&](void* stream) { pywm::cuda::ppo_loss_gaussian(a, stream); });
+    const pywm::PpoLossGaussianArgs<S> a{
+        t.common<S>(), in<S>(mu), in<S>(ls), in<S>(act), out<S>(mean_data), out<S>(log_std_data), A, shared ? 1 : t.M};
+    call.run([&] { pywm::cpu::ppo_loss_gaussian(a); }, [&](void* stream) { pywm::cuda::ppo_loss_gaussian(a, stream); });
   });
   return py::make_tuple(t.loss, t.stats, grad_mean, grad_log_std, t.grad_value);
 }
@@ -778,14 +817,23 @@ py::object mlp(py::handle x, py::handle weights, py::handle biases, py::handle a
   py::object y = call.empty(x, shape, y_data), kept;
   if (keep) kept = call.empty(x, py::make_tuple(hidden_size + slopes), kept_data);
   if (t.M > 0) {
-    py::object scratch =
-        call.empty(x, py::make_tuple(packed_size + (keep ? 0 : hidden_size)), scratch_data);
+    py::object scratch = call.empty(x, py::make_tuple(packed_size + (keep ? 0 : hidden_size)), scratch_data);
     if (!call.ok()) return py::none();
     by_dtype(call, [&]<typename S>() {
       S* packed = out<S>(scratch_data);
       S* hidden = keep ? out<S>(kept_data) : packed + packed_size;
-      const pywm::MlpArgs<S> a{in<S>(xs), in<S>(t.weights), in<S>(t.biases), t.sizes.data(), out<S>(y_data), hidden,
-                               keep ? hidden + hidden_size : nullptr, packed, t.M, t.L, f, f_out};
+      const pywm::MlpArgs<S> a{in<S>(xs),
+                               in<S>(t.weights),
+                               in<S>(t.biases),
+                               t.sizes.data(),
+                               out<S>(y_data),
+                               hidden,
+                               keep ? hidden + hidden_size : nullptr,
+                               packed,
+                               t.M,
+                               t.L,
+                               f,
+                               f_out};
       call.run([&] { pywm::cpu::mlp(a); }, [&](void*) { no_cuda_kernel("mlp"); });
     });
   }
@@ -817,8 +865,7 @@ py::object mlp_backward(py::handle grad, py::handle x, py::handle y, py::handle 
   if (want_parameters) {
     for (int64_t l = 0; l < t.L; ++l)
       result.append(call.empty(x, py::make_tuple(t.sizes[l + 1], t.sizes[l]), grad_weights[l]));
-    for (int64_t l = 0; l < t.L; ++l)
-      result.append(call.empty(x, py::make_tuple(t.sizes[l + 1]), grad_biases[l]));
+    for (int64_t l = 0; l < t.L; ++l) result.append(call.empty(x, py::make_tuple(t.sizes[l + 1]), grad_biases[l]));
   }
   const int64_t packed_size = call.is_float() ? pywm::cpu::mlp_backward_workspace<float>(t.sizes.data(), t.L)
                                               : pywm::cpu::mlp_backward_workspace<double>(t.sizes.data(), t.L);
@@ -827,10 +874,22 @@ py::object mlp_backward(py::handle grad, py::handle x, py::handle y, py::handle 
   by_dtype(call, [&]<typename S>() {
     S* packed = out<S>(scratch_data);
     const S* hidden = in<S>(ks);
-    const pywm::MlpBackwardArgs<S> a{in<S>(gs), in<S>(xs), in<S>(ys), hidden, hidden + hidden_size, in<S>(t.weights),
-                                     t.sizes.data(), out<S>(grad_x_data),
-                                     want_parameters ? out<S>(grad_weights) : nullptr, out<S>(grad_biases), packed,
-                                     packed + packed_size, t.M, t.L, f, f_out};
+    const pywm::MlpBackwardArgs<S> a{in<S>(gs),
+                                     in<S>(xs),
+                                     in<S>(ys),
+                                     hidden,
+                                     hidden + hidden_size,
+                                     in<S>(t.weights),
+                                     t.sizes.data(),
+                                     out<S>(grad_x_data),
+                                     want_parameters ? out<S>(grad_weights) : nullptr,
+                                     out<S>(grad_biases),
+                                     packed,
+                                     packed + packed_size,
+                                     t.M,
+                                     t.L,
+                                     f,
+                                     f_out};
     call.run([&] { pywm::cpu::mlp_backward(a); }, [&](void*) { no_cuda_kernel("mlp_backward"); });
   });
   return result;
@@ -857,8 +916,9 @@ py::object adam_step_(py::handle param, py::handle grad, py::handle exp_avg, py:
   py::object norm = call.empty(param, py::tuple(0), norm_data);
   if (!call.ok()) return py::none();
   by_dtype(call, [&]<typename S>() {
-    const pywm::AdamArgs<S> a{out<S>(p), in<S>(g), out<S>(m), out<S>(v), out<S>(norm_data), call.numel(),
-                              static_cast<int64_t>(k), rate, b1, b2, e, c};
+    const pywm::AdamArgs<S> a{
+        out<S>(p), in<S>(g), out<S>(m), out<S>(v), out<S>(norm_data), call.numel(), static_cast<int64_t>(k), rate,
+        b1,        b2,       e,         c};
     call.run([&] { pywm::cpu::adam_step(a); }, [&](void*) { no_cuda_kernel("adam_step_"); });
   });
   return norm;
@@ -877,14 +937,14 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of pywm. Private: call pywm.ops instead.";
   find_torch();
   pywm::cpu::kernels();  // an unusable PYWM_CPU_ISA is an error now, not at the first call
-  for (const char* name :
-       {"gae", "gae_backward", "lambda_return", "lambda_return_backward", "discounted_return",
-        "discounted_return_backward", "vtrace", "vtrace_backward", "ppo_loss_categorical", "ppo_loss_gaussian",
-        "mlp", "mlp_backward", "adam_step_"})
+  for (const char* name : {"gae", "gae_backward", "lambda_return", "lambda_return_backward", "discounted_return",
+                           "discounted_return_backward", "vtrace", "vtrace_backward", "ppo_loss_categorical",
+                           "ppo_loss_gaussian", "mlp", "mlp_backward", "adam_step_"})
     counter(name);
 
   m.attr("__version__") = PYWM_VERSION;
   m.attr("cuda_reason") = PYWM_CUDA_REASON;
+  m.attr("max_groups") = pywm::kMaxGroups;
 #if defined(PYWM_WITH_CUDA)
   m.attr("has_cuda") = true;
   m.def("cuda_device_count", &pywm::cuda::device_count);

@@ -107,6 +107,10 @@ struct PpoLossCommon {
   PpoLossOptions options;
 };
 
+// Groups of a categorical family that the kernels keep track of at once; pywm/ops/ppo_loss.py sends more to the
+// reference.
+constexpr int64_t kMaxGroups = 32;
+
 template <typename S>
 struct PpoLossCategoricalArgs {
   PpoLossCommon<S> common;
@@ -128,8 +132,8 @@ struct PpoLossGaussianArgs {
 enum class Activation { kNone, kTanh, kSilu, kElu, kRelu };
 
 // A multilayer perceptron of L layers: weights[l] [sizes[l+1], sizes[l]], biases[l] [sizes[l+1]]; x [M, sizes[0]].
-// hidden: the activations of layers 0 to L-2, [M, width] each, one after another. slopes: the derivatives of layers with
-// SiLU, likewise, the output's last; null if no gradient is wanted.
+// hidden: the activations of layers 0 to L-2, [M, width] each, one after another. slopes: the derivatives of layers
+// with SiLU, likewise, the output's last; null if no gradient is wanted.
 template <typename S>
 struct MlpArgs {
   const S* x;
@@ -168,36 +172,57 @@ struct AdamArgs {
 
 namespace cpu {
 
-template <typename S> void gae(const GaeArgs<S>&);
-template <typename S> void gae_backward(const GaeBackwardArgs<S>&);
-template <typename S> void lambda_return(const LambdaReturnArgs<S>&);
-template <typename S> void lambda_return_backward(const LambdaReturnBackwardArgs<S>&);
-template <typename S> void discounted_return(const DiscountedReturnArgs<S>&);
-template <typename S> void discounted_return_backward(const DiscountedReturnBackwardArgs<S>&);
-template <typename S> void vtrace(const VtraceArgs<S>&);
-template <typename S> void vtrace_backward(const VtraceBackwardArgs<S>&);
-template <typename S> void ppo_loss_categorical(const PpoLossCategoricalArgs<S>&);
-template <typename S> void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&);
-template <typename S> void mlp(const MlpArgs<S>&);
-template <typename S> void mlp_backward(const MlpBackwardArgs<S>&);
-template <typename S> int64_t mlp_workspace(const int64_t* sizes, int64_t L);
-template <typename S> int64_t mlp_backward_workspace(const int64_t* sizes, int64_t L);
-template <typename S> void adam_step(const AdamArgs<S>&);
+template <typename S>
+void gae(const GaeArgs<S>&);
+template <typename S>
+void gae_backward(const GaeBackwardArgs<S>&);
+template <typename S>
+void lambda_return(const LambdaReturnArgs<S>&);
+template <typename S>
+void lambda_return_backward(const LambdaReturnBackwardArgs<S>&);
+template <typename S>
+void discounted_return(const DiscountedReturnArgs<S>&);
+template <typename S>
+void discounted_return_backward(const DiscountedReturnBackwardArgs<S>&);
+template <typename S>
+void vtrace(const VtraceArgs<S>&);
+template <typename S>
+void vtrace_backward(const VtraceBackwardArgs<S>&);
+template <typename S>
+void ppo_loss_categorical(const PpoLossCategoricalArgs<S>&);
+template <typename S>
+void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&);
+template <typename S>
+void mlp(const MlpArgs<S>&);
+template <typename S>
+void mlp_backward(const MlpBackwardArgs<S>&);
+template <typename S>
+int64_t mlp_workspace(const int64_t* sizes, int64_t L);
+template <typename S>
+int64_t mlp_backward_workspace(const int64_t* sizes, int64_t L);
+template <typename S>
+void adam_step(const AdamArgs<S>&);
 
 }  // namespace cpu
 
 namespace cuda {
 
-template <typename S> void gae(const GaeArgs<S>&, Stream);
-template <typename S> void gae_backward(const GaeBackwardArgs<S>&, Stream);
-template <typename S> void lambda_return(const LambdaReturnArgs<S>&, Stream);
-template <typename S> void lambda_return_backward(const LambdaReturnBackwardArgs<S>&, Stream);
-template <typename S> void discounted_return(const DiscountedReturnArgs<S>&, Stream);
-template <typename S> void discounted_return_backward(const DiscountedReturnBackwardArgs<S>&, Stream);
-// Categorical families of up to kMaxGroups groups; the binding sends wider ones to the reference.
-constexpr int64_t kMaxGroups = 32;
-template <typename S> void ppo_loss_categorical(const PpoLossCategoricalArgs<S>&, Stream);
-template <typename S> void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&, Stream);
+template <typename S>
+void gae(const GaeArgs<S>&, Stream);
+template <typename S>
+void gae_backward(const GaeBackwardArgs<S>&, Stream);
+template <typename S>
+void lambda_return(const LambdaReturnArgs<S>&, Stream);
+template <typename S>
+void lambda_return_backward(const LambdaReturnBackwardArgs<S>&, Stream);
+template <typename S>
+void discounted_return(const DiscountedReturnArgs<S>&, Stream);
+template <typename S>
+void discounted_return_backward(const DiscountedReturnBackwardArgs<S>&, Stream);
+template <typename S>
+void ppo_loss_categorical(const PpoLossCategoricalArgs<S>&, Stream);
+template <typename S>
+void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&, Stream);
 // Doubles of scratch that a call needs: M rows, `columns` of log_std whose gradient is summed over rows (else 0).
 int64_t ppo_loss_workspace(int64_t M, int64_t columns);
 

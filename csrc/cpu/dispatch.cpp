@@ -44,8 +44,7 @@ bool has_v3() {
 }
 bool has_v4() {
   return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_v4_bf16() { return has_v4() && __builtin_cpu_supports("avx512bf16"); }
 #endif
@@ -83,7 +82,8 @@ constexpr int64_t kColumnStep = 16;
 
 // kernel(args, begin, end) over [0, n), as parallel_for cuts it.
 template <typename Args>
-void over_range(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t n, int64_t step, int64_t work) {
+void over_range(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t n, int64_t step,
+                int64_t work) {
   struct Call {
     void (*kernel)(const Args&, int64_t, int64_t);
     const Args* args;
@@ -236,30 +236,46 @@ const char* available_isas() {
   return names.c_str();
 }
 
-template <typename S> void gae(const GaeArgs<S>& a) { over_columns(of<S>(kernels()).gae, a); }
-template <typename S> void gae_backward(const GaeBackwardArgs<S>& a) { over_columns(of<S>(kernels()).gae_backward, a); }
-template <typename S> void lambda_return(const LambdaReturnArgs<S>& a) {
+template <typename S>
+void gae(const GaeArgs<S>& a) {
+  over_columns(of<S>(kernels()).gae, a);
+}
+template <typename S>
+void gae_backward(const GaeBackwardArgs<S>& a) {
+  over_columns(of<S>(kernels()).gae_backward, a);
+}
+template <typename S>
+void lambda_return(const LambdaReturnArgs<S>& a) {
   over_columns(of<S>(kernels()).lambda_return, a);
 }
-template <typename S> void lambda_return_backward(const LambdaReturnBackwardArgs<S>& a) {
+template <typename S>
+void lambda_return_backward(const LambdaReturnBackwardArgs<S>& a) {
   over_columns(of<S>(kernels()).lambda_return_backward, a);
 }
-template <typename S> void discounted_return(const DiscountedReturnArgs<S>& a) {
+template <typename S>
+void discounted_return(const DiscountedReturnArgs<S>& a) {
   over_columns(of<S>(kernels()).discounted_return, a);
 }
-template <typename S> void discounted_return_backward(const DiscountedReturnBackwardArgs<S>& a) {
+template <typename S>
+void discounted_return_backward(const DiscountedReturnBackwardArgs<S>& a) {
   over_columns(of<S>(kernels()).discounted_return_backward, a);
 }
-template <typename S> void vtrace(const VtraceArgs<S>& a) { over_columns(of<S>(kernels()).vtrace, a); }
-template <typename S> void vtrace_backward(const VtraceBackwardArgs<S>& a) {
+template <typename S>
+void vtrace(const VtraceArgs<S>& a) {
+  over_columns(of<S>(kernels()).vtrace, a);
+}
+template <typename S>
+void vtrace_backward(const VtraceBackwardArgs<S>& a) {
   over_columns(of<S>(kernels()).vtrace_backward, a);
 }
-template <typename S> void ppo_loss_categorical(const PpoLossCategoricalArgs<S>& a) {
+template <typename S>
+void ppo_loss_categorical(const PpoLossCategoricalArgs<S>& a) {
   ppo_loss<S>(a.common, 0, nullptr, [&](const PpoMoments& m, int64_t begin, int64_t end, PpoSums& sums, double*) {
     of<S>(kernels()).ppo_loss_categorical(a, m, begin, end, sums);
   });
 }
-template <typename S> void ppo_loss_gaussian(const PpoLossGaussianArgs<S>& a) {
+template <typename S>
+void ppo_loss_gaussian(const PpoLossGaussianArgs<S>& a) {
   const bool summed = a.grad_log_std && a.log_std_rows == 1;
   ppo_loss<S>(a.common, summed ? a.A : 0, a.grad_log_std,
               [&](const PpoMoments& m, int64_t begin, int64_t end, PpoSums& sums, double* columns) {
@@ -267,19 +283,23 @@ template <typename S> void ppo_loss_gaussian(const PpoLossGaussianArgs<S>& a) {
               });
 }
 
-template <typename S> int64_t mlp_workspace(const int64_t* sizes, int64_t L) {
+template <typename S>
+int64_t mlp_workspace(const int64_t* sizes, int64_t L) {
   return panels<S>(sizes, 0, L, false).elements;
 }
-template <typename S> int64_t mlp_backward_workspace(const int64_t* sizes, int64_t L) {
+template <typename S>
+int64_t mlp_backward_workspace(const int64_t* sizes, int64_t L) {
   return panels<S>(sizes, 0, L, true).elements;
 }
-template <typename S> void mlp(const MlpArgs<S>& a) {
+template <typename S>
+void mlp(const MlpArgs<S>& a) {
   const KernelsOf<S>& k = of<S>(kernels());
   const Panels all = panels<S>(a.sizes, 0, a.L, false);
   over_range(k.mlp_pack, a, all.count, 1, all.elements);
   over_range(k.mlp, a, a.M, kMlpRows, a.M * mlp_parameters(a.sizes, a.L) / kMacsPerWork);
 }
-template <typename S> void mlp_backward(const MlpBackwardArgs<S>& a) {
+template <typename S>
+void mlp_backward(const MlpBackwardArgs<S>& a) {
   const KernelsOf<S>& k = of<S>(kernels());
   const int64_t work = a.M * mlp_parameters(a.sizes, a.L) / kMacsPerWork;
   const Panels packed = panels<S>(a.sizes, a.grad_x ? 0 : 1, a.L, true);
@@ -287,13 +307,14 @@ template <typename S> void mlp_backward(const MlpBackwardArgs<S>& a) {
   over_range(k.mlp_backward, a, a.M, kMlpRows, work);
   if (a.grad_weights) over_range(k.mlp_backward_weights, a, panels<S>(a.sizes, 0, a.L, true).count + a.L, 1, work);
 }
-template <typename S> void adam_step(const AdamArgs<S>& a) {
+template <typename S>
+void adam_step(const AdamArgs<S>& a) {
   const double norm = norm_of(a.grad, a.P);
   a.norm[0] = S(norm);
   if (!std::isfinite(a.norm[0])) return;
   const double clip = a.max_grad_norm < 0 ? 1 : a.max_grad_norm / (norm + 1e-6);
   const double bias1 = 1 - std::pow(a.beta1, double(a.step)), bias2 = 1 - std::pow(a.beta2, double(a.step));
-  const math::AdamFactors<S> factors{S(clip < 1 ? clip : 1), S(1 - a.beta1), S(a.beta2), S(1 - a.beta2),
+  const math::AdamFactors<S> factors{S(clip < 1 ? clip : 1),  S(1 - a.beta1),  S(a.beta2), S(1 - a.beta2),
                                      S(1 / std::sqrt(bias2)), S(a.lr / bias1), S(a.eps)};
   struct Call {
     const AdamArgs<S>& a;
@@ -305,21 +326,21 @@ template <typename S> void adam_step(const AdamArgs<S>& a) {
   });
 }
 
-#define PYWM_INSTANTIATE(S)                                                        \
-  template void gae(const GaeArgs<S>&);                                            \
-  template void gae_backward(const GaeBackwardArgs<S>&);                           \
-  template void lambda_return(const LambdaReturnArgs<S>&);                         \
-  template void lambda_return_backward(const LambdaReturnBackwardArgs<S>&);        \
-  template void discounted_return(const DiscountedReturnArgs<S>&);                 \
+#define PYWM_INSTANTIATE(S)                                                         \
+  template void gae(const GaeArgs<S>&);                                             \
+  template void gae_backward(const GaeBackwardArgs<S>&);                            \
+  template void lambda_return(const LambdaReturnArgs<S>&);                          \
+  template void lambda_return_backward(const LambdaReturnBackwardArgs<S>&);         \
+  template void discounted_return(const DiscountedReturnArgs<S>&);                  \
   template void discounted_return_backward(const DiscountedReturnBackwardArgs<S>&); \
-  template void vtrace(const VtraceArgs<S>&);                                      \
-  template void vtrace_backward(const VtraceBackwardArgs<S>&);                     \
-  template void ppo_loss_categorical(const PpoLossCategoricalArgs<S>&);            \
-  template void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&);                  \
-  template void mlp(const MlpArgs<S>&);                                            \
-  template void mlp_backward(const MlpBackwardArgs<S>&);                           \
-  template int64_t mlp_workspace<S>(const int64_t*, int64_t);                      \
-  template int64_t mlp_backward_workspace<S>(const int64_t*, int64_t);             \
+  template void vtrace(const VtraceArgs<S>&);                                       \
+  template void vtrace_backward(const VtraceBackwardArgs<S>&);                      \
+  template void ppo_loss_categorical(const PpoLossCategoricalArgs<S>&);             \
+  template void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&);                   \
+  template void mlp(const MlpArgs<S>&);                                             \
+  template void mlp_backward(const MlpBackwardArgs<S>&);                            \
+  template int64_t mlp_workspace<S>(const int64_t*, int64_t);                       \
+  template int64_t mlp_backward_workspace<S>(const int64_t*, int64_t);              \
   template void adam_step(const AdamArgs<S>&);
 PYWM_INSTANTIATE(float)
 PYWM_INSTANTIATE(double)

@@ -1,6 +1,7 @@
 // Matrix products for small and medium sizes, in GCC's vector extensions, compiled for each instruction set.
 //
-// What: C [M, N] = start + A·B, with start = 0, a bias [N], or what C holds. A micro-kernel keeps a tile of kRows x kCols
+// What: C [M, N] = start + A·B, with start = 0, a bias [N], or what C holds. A micro-kernel keeps a tile of kRows x
+// kCols
 //   of C in registers and walks along K: one row of a packed panel of B, times kRows broadcast elements of A.
 // Layout: A is any strided view with one of its strides 1 (so A^T needs no copy); C is row-major; B is packed into
 //   panels of kCols columns, each [K, kCols] and padded with zeros, by `pack_panel` (B row-major) or
@@ -86,37 +87,27 @@ struct MatrixView {
   int64_t row_stride, column_stride;
 };
 
-// What a product is added to: nothing, a row that all rows of C share, or what C holds.
-enum class Start { kZero, kBias, kAccumulate };
-
-// R rows and V vectors of columns; `columns` of them exist. kByRow: the rows of A are contiguous, else its columns.
+// R rows and V vectors of columns, of which `columns` exist. Added to `start`, a row of V vectors, or to C where it is
+// null. kByRow: the rows of A are contiguous, else its columns.
 template <typename S, int R, int V, bool kByRow>
-inline void tile(const S* __restrict a, int64_t stride, const S* __restrict panel, const S* bias, S* c, int64_t ldc,
-                 int64_t K, int64_t columns, Start start) {
+inline void tile(const S* __restrict a, int64_t stride, const S* __restrict panel, const S* __restrict start, S* c,
+                 int64_t ldc, int64_t K, int64_t columns) {
   constexpr int64_t L = Simd<S>::kLanes, kCols = Simd<S>::kCols;
   using Vector = typename Simd<S>::Vector;
   Vector acc[R][V];
   alignas(kVectorBytes) S edge[R][V * L];
   const bool whole = columns == V * L;
-  if (start == Start::kAccumulate && whole) {
+  const S* from = whole ? c : edge[0];
+  const int64_t step = start ? 0 : whole ? ldc : V * L;
+  if (start)
+    from = start;
+  else if (!whole)
+    for (int r = 0; r < R; ++r)
+      for (int64_t j = 0; j < V * L; ++j) edge[r][j] = j < columns ? c[r * ldc + j] : S(0);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) acc[r][v] = *reinterpret_cast<const Vector*>(c + r * ldc + v * L);
-  } else if (start == Start::kZero) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) acc[r][v] = Vector{};
-  } else {
-    for (int r = 0; r < R; ++r)
-      for (int64_t j = 0; j < V * L; ++j)
-        edge[r][j] = j >= columns ? S(0) : start == Start::kBias ? bias[j] : c[r * ldc + j];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) acc[r][v] = *reinterpret_cast<const Vector*>(&edge[r][v * L]);
-  }
+    for (int v = 0; v < V; ++v) acc[r][v] = *reinterpret_cast<const Vector*>(from + r * step + v * L);
   for (int64_t k = 0; k < K; ++k) {
     Vector b[V];
 #pragma GCC unroll 2
@@ -128,57 +119,45 @@ inline void tile(const S* __restrict a, int64_t stride, const S* __restrict pane
       for (int v = 0; v < V; ++v) acc[r][v] += b[v] * x;
     }
   }
-  if (whole) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) *reinterpret_cast<Vector*>(c + r * ldc + v * L) = acc[r][v];
-    return;
-  }
+  S* to = whole ? c : edge[0];
+  const int64_t to_step = whole ? ldc : V * L;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) *reinterpret_cast<Vector*>(&edge[r][v * L]) = acc[r][v];
+    for (int v = 0; v < V; ++v) *reinterpret_cast<Vector*>(to + r * to_step + v * L) = acc[r][v];
+  if (whole) return;
   for (int r = 0; r < R; ++r)
     for (int64_t j = 0; j < columns; ++j) c[r * ldc + j] = edge[r][j];
 }
 
-template <typename S, int R, bool kByRow>
-inline void tile(const S* a, int64_t stride, const S* panel, const S* bias, S* c, int64_t ldc, int64_t K,
-                 int64_t columns, Start start) {
-  if (columns > Simd<S>::kLanes)
-    tile<S, R, 2, kByRow>(a, stride, panel, bias, c, ldc, K, columns, start);
-  else
-    tile<S, R, 1, kByRow>(a, stride, panel, bias, c, ldc, K, columns, start);
-}
-
-// All rows of A times one panel.
-template <typename S, bool kByRow>
-inline void column_of_tiles(const S* a, int64_t stride, const S* panel, const S* bias, S* c, int64_t ldc, int64_t M,
-                            int64_t K, int64_t columns, Start start) {
+// All rows of A times one panel. A single vector of columns leaves room for twice the rows.
+template <typename S, int V, bool kByRow>
+inline void column_of_tiles(const S* a, int64_t stride, const S* panel, const S* start, S* c, int64_t ldc, int64_t M,
+                            int64_t K, int64_t columns) {
+  constexpr int kRows = V == 1 ? 2 * kTileRows : kTileRows;
   const int64_t step = kByRow ? stride : 1;
   int64_t m = 0;
-  for (; m + kTileRows <= M; m += kTileRows)
-    tile<S, kTileRows, kByRow>(a + m * step, stride, panel, bias, c + m * ldc, ldc, K, columns, start);
-  if constexpr (kTileRows > 8)
-    for (; m + 8 <= M; m += 8)
-      tile<S, 8, kByRow>(a + m * step, stride, panel, bias, c + m * ldc, ldc, K, columns, start);
-  if constexpr (kTileRows > 4)
-    for (; m + 4 <= M; m += 4)
-      tile<S, 4, kByRow>(a + m * step, stride, panel, bias, c + m * ldc, ldc, K, columns, start);
-  for (; m + 2 <= M; m += 2)
-    tile<S, 2, kByRow>(a + m * step, stride, panel, bias, c + m * ldc, ldc, K, columns, start);
-  if (m < M) tile<S, 1, kByRow>(a + m * step, stride, panel, bias, c + m * ldc, ldc, K, columns, start);
+  const auto rows = [&]<int R>() {
+    for (; m + R <= M; m += R) tile<S, R, V, kByRow>(a + m * step, stride, panel, start, c + m * ldc, ldc, K, columns);
+  };
+  rows.template operator()<kRows>();
+  if constexpr (kRows > 8) rows.template operator()<8>();
+  if constexpr (kRows > 4) rows.template operator()<4>();
+  rows.template operator()<2>();
+  rows.template operator()<1>();
 }
 
 template <typename S>
-inline void column_of_tiles(const MatrixView<S>& a, const S* panel, const S* bias, S* c, int64_t ldc, int64_t M,
-                            int64_t K, int64_t columns, Start start) {
-  if (a.column_stride == 1)
-    column_of_tiles<S, true>(a.data, a.row_stride, panel, bias, c, ldc, M, K, columns, start);
-  else
-    column_of_tiles<S, false>(a.data, a.column_stride, panel, bias, c, ldc, M, K, columns, start);
+inline void column_of_tiles(const MatrixView<S>& a, const S* panel, const S* start, S* c, int64_t ldc, int64_t M,
+                            int64_t K, int64_t columns) {
+  const bool wide = columns > Simd<S>::kLanes, by_row = a.column_stride == 1;
+  const auto run = by_row ? (wide ? column_of_tiles<S, 2, true> : column_of_tiles<S, 1, true>)
+                          : (wide ? column_of_tiles<S, 2, false> : column_of_tiles<S, 1, false>);
+  run(a.data, by_row ? a.row_stride : a.column_stride, panel, start, c, ldc, M, K, columns);
 }
+
+// What a product is added to: nothing, a row that all rows of C share, or what C holds.
+enum class Start { kZero, kBias, kAccumulate };
 
 // C [M, N] = start + A [M, K]·B [K, N], B packed. A few hundred rows at a time keep A in the second-level cache.
 // `bias` [N] is read with Start::kBias only.
@@ -186,11 +165,17 @@ template <typename S>
 inline void gemm(const MatrixView<S>& a, const S* packed, const S* bias, S* c, int64_t ldc, int64_t M, int64_t N,
                  int64_t K, Start start) {
   constexpr int64_t kCols = Simd<S>::kCols;
+  alignas(kVectorBytes) S row[kCols];
   for (int64_t k = 0; k < K; k += kDepth) {
     const MatrixView<S> slice{a.data + k * a.column_stride, a.row_stride, a.column_stride};
-    for (int64_t n = 0; n < N; n += kCols)
-      column_of_tiles(slice, packed + n * K + k * kCols, bias ? bias + n : nullptr, c + n, ldc, M, min(kDepth, K - k),
-                      min(kCols, N - n), k == 0 ? start : Start::kAccumulate);
+    for (int64_t n = 0; n < N; n += kCols) {
+      const int64_t columns = min(kCols, N - n);
+      const bool from_row = k == 0 && start != Start::kAccumulate;
+      if (from_row)
+        for (int64_t j = 0; j < kCols; ++j) row[j] = start == Start::kBias && j < columns ? bias[n + j] : S(0);
+      column_of_tiles(slice, packed + n * K + k * kCols, from_row ? row : nullptr, c + n, ldc, M, min(kDepth, K - k),
+                      columns);
+    }
   }
 }
 
@@ -198,13 +183,14 @@ inline void gemm(const MatrixView<S>& a, const S* packed, const S* bias, S* c, i
 template <typename S>
 inline void gemm_panel(const MatrixView<S>& a, const S* b, int64_t ldb, S* c, int64_t ldc, int64_t M, int64_t columns,
                        int64_t K) {
-  alignas(64) S panel[kDepth * Simd<S>::kCols];
+  constexpr int64_t kCols = Simd<S>::kCols;
+  alignas(64) S panel[kDepth * kCols];
+  alignas(kVectorBytes) const S zeros[kCols] = {};
   for (int64_t k = 0; k < K; k += kDepth) {
     const int64_t depth = min(kDepth, K - k);
     pack_panel(b + k * ldb, ldb, depth, columns, panel);
     const MatrixView<S> slice{a.data + k * a.column_stride, a.row_stride, a.column_stride};
-    column_of_tiles(slice, panel, static_cast<const S*>(nullptr), c, ldc, M, depth, columns,
-                    k == 0 ? Start::kZero : Start::kAccumulate);
+    column_of_tiles(slice, panel, k == 0 ? zeros : nullptr, c, ldc, M, depth, columns);
   }
 }
 

@@ -68,7 +68,7 @@ inline const KernelsOf<double>& of(const Kernels& kernels) {
   return kernels.f64;
 }
 
-const Kernels& kernels();       // chosen at load; PYWM_CPU_ISA overrides; an unusable name throws
-const char* available_isas();   // space-separated names that this machine can run
+const Kernels& kernels();      // chosen at load; PYWM_CPU_ISA overrides; an unusable name throws
+const char* available_isas();  // space-separated names that this machine can run
 
 }  // namespace pywm::cpu

@@ -195,6 +195,20 @@ inline void sum_rows(const S* x, int64_t M, int64_t N, S* out) {
   }
 }
 
+// grad_w [O, I] := grad_z [M, O]^T·in [M, I] for a few inputs, which would leave most of a tile's columns empty: the
+// transpose is computed, a panel of grad_z's columns at a time.
+template <typename S>
+inline void grad_weight_of_few_inputs(const S* grad_z, const S* in, int64_t M, int64_t O, int64_t I, S* grad_w) {
+  constexpr int64_t kCols = Simd<S>::kCols;
+  alignas(kVectorBytes) S transposed[kCols / 2 * kCols];
+  for (int64_t first = 0; first < O; first += kCols) {
+    const int64_t columns = min(kCols, O - first);
+    gemm_panel(MatrixView<S>{in, 1, I}, grad_z + first, O, transposed, kCols, I, columns, M);
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t i = 0; i < I; ++i) grad_w[(first + j) * I + i] = transposed[i * kCols + j];
+  }
+}
+
 // Every layer has a unit of work for each panel of its weight's columns, and one for its bias.
 template <typename S>
 void backward_weights(const MlpBackwardArgs<S>& a, int64_t begin, int64_t end) {
@@ -207,6 +221,10 @@ void backward_weights(const MlpBackwardArgs<S>& a, int64_t begin, int64_t end) {
     for (int64_t p = begin > first ? begin - first : 0; p < min(count + 1, end - first); ++p) {
       if (p == count) {
         sum_rows(grad, a.M, O, a.grad_biases[l]);
+        continue;
+      }
+      if (I <= kCols / 2 && O >= kCols) {
+        grad_weight_of_few_inputs(grad, in, a.M, O, I, a.grad_weights[l]);
         continue;
       }
       gemm_panel(MatrixView<S>{grad, 1, O}, in + p * kCols, I, a.grad_weights[l] + p * kCols, I, O,

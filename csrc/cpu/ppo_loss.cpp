@@ -15,9 +15,9 @@ template <typename S>
 inline S common_row(const PpoLossCommon<S>& a, const PpoMoments& moments, int64_t m, S log_prob, PpoSums& sums) {
   const S advantage = (a.advantage[m] - S(moments.mean)) * S(moments.scale);
   const auto policy = math::ppo_policy_row(log_prob, a.old_log_prob[m], advantage, S(a.options.clip));
-  const auto value = a.options.value_clip >= 0
-                         ? math::ppo_value_row_clipped(a.value[m], a.returns[m], a.old_value[m], S(a.options.value_clip))
-                         : math::ppo_value_row(a.value[m], a.returns[m]);
+  const auto value = a.options.value_clip >= 0 ? math::ppo_value_row_clipped(a.value[m], a.returns[m], a.old_value[m],
+                                                                             S(a.options.value_clip))
+                                               : math::ppo_value_row(a.value[m], a.returns[m]);
   sums.policy += policy.loss;
   sums.value += value.loss;
   sums.clipped += policy.clipped ? 1 : 0;
@@ -26,12 +26,45 @@ inline S common_row(const PpoLossCommon<S>& a, const PpoMoments& moments, int64_
   return policy.grad_log_prob * S(moments.inverse_count);
 }
 
+// Probabilities of one group into `probs`; returns log Σ exp(logit), and the entropy.
+template <typename S>
+inline S softmax(const S* __restrict logits, int64_t A, S* __restrict probs, S& entropy) {
+  S top = logits[0];
+  for (int64_t j = 1; j < A; ++j) top = logits[j] > top ? logits[j] : top;
+  S total = S(0);
+  for (int64_t j = 0; j < A; ++j) {
+    probs[j] = math::exp(logits[j] - top);
+    total += probs[j];
+  }
+  const S log_total = top + math::log(total), inverse = S(1) / total;
+  entropy = S(0);
+  for (int64_t j = 0; j < A; ++j) {
+    probs[j] *= inverse;
+    entropy -= math::plogp(probs[j], logits[j] - log_total);
+  }
+  return log_total;
+}
+
+// The same without keeping the probabilities: twice the exponentials, no memory.
+template <typename S>
+inline S log_sum_exp(const S* logits, int64_t A, S& entropy) {
+  S top = logits[0];
+  for (int64_t j = 1; j < A; ++j) top = logits[j] > top ? logits[j] : top;
+  S total = S(0);
+  for (int64_t j = 0; j < A; ++j) total += math::exp(logits[j] - top);
+  const S log_total = top + math::log(total);
+  entropy = S(0);
+  for (int64_t j = 0; j < A; ++j) entropy -= math::plogp(math::exp(logits[j] - log_total), logits[j] - log_total);
+  return log_total;
+}
+
 template <typename S>
 void categorical(const PpoLossCategoricalArgs<S>& a, const PpoMoments& moments, int64_t begin, int64_t end,
                  PpoSums& sums) {
   const PpoLossCommon<S>& common = a.common;
   const S entropy_weight = S(-common.options.entropy_coef * moments.inverse_count);
-  constexpr int64_t kClasses = 64;  // wider groups go through the gradient array or are computed twice
+  constexpr int64_t kClasses = 1024;  // probabilities of a group when no gradient row is there to hold them
+  S unwanted[kClasses];
   for (int64_t m = begin; m < end; ++m) {
     const S* logits = a.logits + m * a.width;
     S* grad = a.grad_logits ? a.grad_logits + m * a.width : nullptr;
@@ -41,29 +74,24 @@ void categorical(const PpoLossCategoricalArgs<S>& a, const PpoMoments& moments, 
         for (int64_t j = 0; j < a.width; ++j) grad[j] = S(0);
       continue;
     }
-    S log_prob = S(0), entropy = S(0);
-    int64_t offset = 0;
-    // First the log-probability of the whole action, for the ratio needs it; then each group's gradient.
+    // First the log-probability of the whole action, for the ratio needs it; then each group's gradient, over the
+    // probabilities that the first pass left in its place.
+    S log_prob = S(0), entropy = S(0), log_totals[kMaxGroups], entropies[kMaxGroups];
+    int64_t actions[kMaxGroups], offset = 0;
     for (int64_t g = 0; g < a.G; ++g) {
       const int64_t A = a.nvec[g];
-      const S* l = logits + offset;
-      int64_t action = a.action[m * a.G + g];
-      if (action < 0 || action >= A) {
+      actions[g] = a.action[m * a.G + g];
+      if (actions[g] < 0 || actions[g] >= A) {
         if (sums.bad_row < 0) sums.bad_row = m;
-        action = 0;
+        actions[g] = 0;
       }
-      S top = l[0];
-      for (int64_t j = 1; j < A; ++j) top = l[j] > top ? l[j] : top;
-      S total = S(0);
-      for (int64_t j = 0; j < A; ++j) total += math::exp(l[j] - top);
-      const S log_total = top + math::log(total);
-      S group_entropy = S(0);
-      for (int64_t j = 0; j < A; ++j) {
-        const S lp = l[j] - log_total;
-        group_entropy -= math::plogp(math::exp(lp), lp);
+      if (grad || A <= kClasses) {
+        log_totals[g] = softmax(logits + offset, A, grad ? grad + offset : unwanted, entropies[g]);
+      } else {
+        log_totals[g] = log_sum_exp(logits + offset, A, entropies[g]);
       }
-      log_prob += l[action] - log_total;
-      entropy += group_entropy;
+      log_prob += logits[offset + actions[g]] - log_totals[g];
+      entropy += entropies[g];
       offset += A;
     }
     const S weight = common_row(common, moments, m, log_prob, sums);
@@ -71,24 +99,13 @@ void categorical(const PpoLossCategoricalArgs<S>& a, const PpoMoments& moments, 
     if (!grad) continue;
     offset = 0;
     for (int64_t g = 0; g < a.G; ++g) {
-      const int64_t A = a.nvec[g];
-      const S* l = logits + offset;
-      const int64_t action = a.action[m * a.G + g];
-      S top = l[0];
-      for (int64_t j = 1; j < A; ++j) top = l[j] > top ? l[j] : top;
-      S total = S(0);
-      S few[kClasses];
-      S* probs = A <= kClasses ? few : grad + offset;
-      for (int64_t j = 0; j < A; ++j) total += probs[j] = math::exp(l[j] - top);
-      const S log_total = top + math::log(total), inverse = S(1) / total;
-      S group_entropy = S(0);
-      for (int64_t j = 0; j < A; ++j) group_entropy -= math::plogp(probs[j] * inverse, l[j] - log_total);
-      for (int64_t j = 0; j < A; ++j) {
-        const S prob = probs[j] * inverse;
-        grad[offset + j] = weight * math::categorical_grad_log_prob(prob, j == action) +
-                           entropy_weight * math::categorical_grad_entropy(prob, l[j] - log_total, group_entropy);
+      for (int64_t j = 0; j < a.nvec[g]; ++j) {
+        const S prob = grad[offset + j];
+        grad[offset + j] =
+            weight * math::categorical_grad_log_prob(prob, j == actions[g]) +
+            entropy_weight * math::categorical_grad_entropy(prob, logits[offset + j] - log_totals[g], entropies[g]);
       }
-      offset += A;
+      offset += a.nvec[g];
     }
   }
 }

@@ -13,10 +13,10 @@ PYWM_HD double sqrt(double x) { return ::sqrt(x); }
 // What a step's numbers come to, the same for all parameters.
 template <typename S>
 struct AdamFactors {
-  S grad_scale;             // min(1, max_grad_norm/(norm + 1e-6))
-  S rate1, beta2, rate2;    // 1 - β₁, β₂, 1 - β₂
-  S inverse_sqrt_bias2;     // 1/√(1 - β₂ᵏ)
-  S step_size, eps;         // lr/(1 - β₁ᵏ)
+  S grad_scale;           // min(1, max_grad_norm/(norm + 1e-6))
+  S rate1, beta2, rate2;  // 1 - β₁, β₂, 1 - β₂
+  S inverse_sqrt_bias2;   // 1/√(1 - β₂ᵏ)
+  S step_size, eps;       // lr/(1 - β₁ᵏ)
 };
 
 template <typename S>

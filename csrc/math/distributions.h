@@ -34,8 +34,7 @@ template <typename S>
 PYWM_HD GaussianPart<S> gaussian_part(S action, S mean, S log_std) {
   const S inverse_std = exp(-log_std);
   const S z = (action - mean) * inverse_std;
-  return {S(-0.5) * z * z - log_std - S(kHalfLog2Pi), log_std + S(0.5) + S(kHalfLog2Pi), z * inverse_std,
-          z * z - S(1)};
+  return {S(-0.5) * z * z - log_std - S(kHalfLog2Pi), log_std + S(0.5) + S(kHalfLog2Pi), z * inverse_std, z * z - S(1)};
 }
 
 }  // namespace pywm::math

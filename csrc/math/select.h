@@ -1,6 +1,6 @@
 // Choosing between two values without a branch. A compiler that sees `c ? a : b` may move the load of `a` behind the
-// branch, and then cannot vectorise the loop; on bit patterns it has no choice. Nothing is multiplied, so NaN on the side
-// not chosen stays there.
+// branch, and then cannot vectorise the loop; on bit patterns it has no choice. Nothing is multiplied, so NaN on the
+// side not chosen stays there.
 #pragma once
 
 #include <cstdint>

@@ -50,6 +50,7 @@ Distribution = Categorical | MultiCategorical | DiagGaussian
 
 _categorical = _native.entry("ppo_loss_categorical")
 _gaussian = _native.entry("ppo_loss_gaussian")
+_MAX_GROUPS = _native.module().max_groups if _native.has_backend("cpu") else 0
 
 
 def ppo_loss(
@@ -131,7 +132,8 @@ def ppo_loss(
     _check_call(dist, action, old_log_prob, advantage, value, returns, old_value, valid)
     constants = (old_log_prob, advantage, value, returns, old_value, valid)
     first = dist.mean if isinstance(dist, DiagGaussian) else dist.logits
-    if not _native.supports(first) or value.numel() == 0:
+    many = isinstance(dist, MultiCategorical) and len(dist.nvec) > _MAX_GROUPS
+    if not _native.supports(first) or value.numel() == 0 or many:
         loss, stats = _reference(
             dist, action, constants, clip, value_clip, value_coef, entropy_coef, normalize_advantage
         )

@@ -252,6 +252,24 @@ class TestPPOLoss:
         assert grad[0, 1] == 0
         torch.testing.assert_close(stats.entropy, Categorical(torch.tensor([0.0, 1.0])).entropy())
 
+    @pytest.mark.parametrize("nvec", [(2,) * 40, (1500, 3)], ids=["many groups", "wide group"])
+    @pytest.mark.parametrize("grad", [True, False])
+    def test_more_groups_or_classes_than_the_kernel_keeps(self, nvec, grad):
+        g = torch.Generator().manual_seed(0)
+        logits = torch.randn(3, sum(nvec), generator=g, dtype=torch.float64, requires_grad=grad)
+        dist = MultiCategorical(logits, nvec)
+        action = dist.sample(g)
+        rows = torch.randn(4, 3, generator=g, dtype=torch.float64)
+        got = pywm.ppo_loss(dist, action, *rows, entropy_coef=0.1)
+        with _native.disabled():
+            want = pywm.ppo_loss(dist, action, *rows, entropy_coef=0.1)
+        for a, b in zip((got.loss, *got.stats), (want.loss, *want.stats), strict=True):
+            torch.testing.assert_close(a, b)
+        if grad:
+            torch.testing.assert_close(
+                torch.autograd.grad(got.loss, logits), torch.autograd.grad(want.loss, logits)
+            )
+
     def test_integer_actions_of_any_width(self):
         dist, action, log_prob, advantage, value, returns = self.frozen()
         a = pywm.ppo_loss(dist, action, log_prob, advantage, value, returns).loss
