@@ -53,7 +53,7 @@ phase_build() {
 
 # The tensor-core and asynchronous-copy wrappers against plain arithmetic: what the emulator believes, on the chip.
 phase_conformance() {
-  nvcc -std=c++20 -O2 "-arch=sm_$(arch)" -I "$root/csrc/cuda" -x cu "$root/tests/cuda_on_cpu/conformance.cu" \
+  nvcc -std=c++20 -O2 "-arch=sm_$(arch)" -I "$root/csrc" -x cu "$root/tests/cuda_on_cpu/conformance.cu" \
     -o "$work/conformance" && "$work/conformance"
 }
 
