@@ -43,6 +43,7 @@ __all__ = [
     "quarantine",
     "rng_state",
     "save",
+    "seed_rng",
     "set_rng_state",
     "step_of",
     "verify",
@@ -112,6 +113,13 @@ def part(state: State, name: str) -> State | None:
     if name not in state.data and not tensors:
         return None
     return State(tensors, state.data.get(name, {}))
+
+
+def seed_rng(seed: int) -> None:
+    """Seed the generators that :func:`rng_state` captures."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def rng_state() -> State:

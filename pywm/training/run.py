@@ -197,6 +197,8 @@ class _Every:
 class Run:
     """A training run. Made by :meth:`open`, used as a context manager.
 
+    Entering it seeds the generators of Python, NumPy and torch; in a resumed run :meth:`restore_rng` sets them.
+
     Attributes:
         dir: the run's directory.
         options: how it was opened.
@@ -212,6 +214,7 @@ class Run:
         options: RunOptions,
         *,
         title: str,
+        seed: int,
         total_steps: int,
         resumed: Loaded | None,
         resume_command: str,
@@ -224,6 +227,7 @@ class Run:
         self.resumed = resumed
         self.interrupted = False
         self.resume_command = resume_command
+        self._seed = seed
         self._lock = lock
         self._sinks = list(sinks)
         self._pid = os.getpid()
@@ -319,6 +323,7 @@ class Run:
                 folder,
                 options,
                 title=f"{algo} · {env} · seed {seed} · {device}",
+                seed=seed,
                 total_steps=total_steps,
                 resumed=resumed,
                 resume_command=resume_command,
@@ -501,6 +506,9 @@ class Run:
 
     def __enter__(self) -> Run:
         self._screen = open_screen(self.options.progress)
+        if self.resumed is None:
+            # They are in the checkpoint whether the algorithm draws from them or not, and environments may.
+            checkpoint.seed_rng(self._seed)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._on_signal)

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import random
 import signal
 import sys
 import threading
@@ -145,6 +146,14 @@ def test_the_random_generators_are_put_back(tmp_path: Path) -> None:
         run.restore_rng()
         assert torch.equal(torch.randn(3), expected[0])
         assert np.random.rand() == expected[1]
+
+
+def test_a_run_from_the_beginning_seeds_the_random_generators(tmp_path: Path) -> None:
+    drawn = []
+    for name in ("a", "b"):
+        with open_run(tmp_path / name):
+            drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1]
 
 
 # Metrics.
