@@ -150,7 +150,10 @@ def _anchor(title: str) -> str:
 
 def _definition(node: Definition | ast.stmt, name: str, text: str) -> list[str]:
     if not isinstance(node, Definition):
-        return ["```python", ast.unparse(node), "```", *(["", *_prose(text)] if text else [])]
+        line = ast.unparse(node)
+        if len(line) > 100:
+            line = re.sub(r" = .*", " = ...", line, count=1, flags=re.DOTALL)
+        return ["```python", line, "```", *(["", *_prose(text)] if text else [])]
     lines = ["```python", *_signature(node, name), "```", ""]
     lines += _prose(ast.get_docstring(node) or "")
     if isinstance(node, ast.ClassDef):

@@ -6,6 +6,7 @@ from typing import Any
 __version__: str
 cuda_reason: str
 has_cuda: bool
+max_groups: int
 
 def adam_step_(
     param: Any,
