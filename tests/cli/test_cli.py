@@ -299,6 +299,33 @@ def test_eval_of_a_checkpoint_that_does_not_fit(pywm: Commands, trained: Path) -
     assert "Config has no field 'hiden'. Did you mean 'hidden'?" in pywm("eval", "run").err
 
 
+def test_load_gives_agent_and_environment_in_three_lines(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    import gymnasium
+
+    import pywm
+    from pywm import algos
+    from pywm.training import checkpoint
+
+    folder = Path(__file__).parents[1] / "training/algos"
+    monkeypatch.setattr(algos, "__path__", [*algos.__path__, str(folder)])
+    request.addfinalizer(lambda: sys.modules.pop("pywm.algos.tiny", None))
+    assert "tiny" in algos.algorithms()
+
+    agent, env = pywm.load(trained)
+    obs, state = env.reset(seed=0), None
+    action, state = agent.act(obs, state)
+
+    assert env.step(action).reward.shape == (1,)
+    saved = checkpoint.load(trained / "checkpoints").state.tensors["agent/weight"]
+    assert agent.weight.tolist() == saved.tolist()
+    env.close()
+    _, env = pywm.load(trained, env=lambda: gymnasium.make("CartPole-v1"), num_envs=3, which="step_00000080")
+    assert env.num_envs == 3
+    env.close()
+
+
 # The others.
 
 

@@ -235,6 +235,39 @@ def test_death_at_every_system_call_of_a_save_leaves_a_good_checkpoint(tmp_path:
     assert int(done.stdout) > 30  # moments at which it died
 
 
+def test_every_byte_is_on_the_disk_before_a_name_points_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def record(name: str) -> None:
+        call = getattr(os, name)
+
+        def recorded(*args: Any) -> Any:
+            paths = [os.readlink(f"/proc/self/fd/{args[0]}")] if name == "fsync" else args
+            events.append(" ".join([name, *(Path(path).name for path in paths)]))
+            return call(*args)
+
+        monkeypatch.setattr(os, name, recorded)
+
+    for name in ("fsync", "rename", "replace"):
+        record(name)
+    save(tmp_path, 7, make_state())
+    temporary = f".tmp-7-{os.getpid()}"
+    ours = [
+        event for event in events if "LATEST" not in event
+    ]  # the tensor library renames within the directory
+    files = ["agent.safetensors", "optim.safetensors", "state.json", "manifest.json"]
+    published = ours.index(f"rename {temporary} step_00000007")
+    synced = [event.removeprefix("fsync ") for event in ours[:published] if event.startswith("fsync")]
+    assert [name for name in synced if name in files] == files  # the manifest last
+    assert synced[-1] == temporary
+    assert ours[published + 1] == f"fsync {tmp_path.name}"
+    pointer = [event for event in events if "LATEST" in event]
+    assert pointer == ["fsync .LATEST.tmp", "replace .LATEST.tmp LATEST"]
+    assert events[-1] == f"fsync {tmp_path.name}"
+
+
 def test_too_little_space_is_noticed_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
