@@ -127,7 +127,7 @@ def test_checkpoints_are_counted_through_a_resume(tmp_path: Path) -> None:
 
 def test_the_best_score_decides_which_checkpoint_is_best(tmp_path: Path) -> None:
     with open_run(tmp_path, keep_last=1) as run:
-        for step, score in ((10, None), (20, 5.0), (30, math.nan), (40, 4.0)):
+        for step, score in ((5, math.nan), (10, None), (20, 5.0), (30, math.nan), (40, 4.0)):
             run.save(step, agent_state(step), score=score)
     with open_run(tmp_path, keep_last=1, resume=True) as run:
         run.save(50, agent_state(50), score=4.5)
