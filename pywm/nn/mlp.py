@@ -64,10 +64,11 @@ class MLP(nn.Module):
         for layer in layers:
             orthogonal_(layer, out_gain if layer is layers[-1] else math.sqrt(2), generator)
         self.layers = nn.ModuleList(layers)
-        # Looking parameters up by name costs more than a small network's arithmetic.
-        self._weights = [layer.weight for layer in layers]
-        self._biases = [layer.bias for layer in layers]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., sizes[0]]`` to ``[..., sizes[-1]]``, all layers in one call."""
-        return mlp(x, self._weights, self._biases, activation=self.activation)
+        # Not layer.weight: a module's attributes are found by a search that takes longer than a small network's arithmetic.
+        # Nor a list made once: functional_call and load_state_dict(assign=True) replace parameters.
+        layers = [layer._parameters for layer in self._modules["layers"]._modules.values()]  # type: ignore[union-attr]
+        weights, biases = [layer["weight"] for layer in layers], [layer["bias"] for layer in layers]
+        return mlp(x, weights, biases, activation=self.activation)  # type: ignore[arg-type]

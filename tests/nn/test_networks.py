@@ -25,6 +25,15 @@ def test_mlp_equals_its_formula() -> None:
     assert MLP((5, 2)).layers[0].weight.shape == (2, 5)
 
 
+def test_mlp_uses_the_parameters_it_has_now() -> None:
+    mlp, x = MLP((4, 8, 2)), torch.randn(3, 4)
+    zeros = {name: torch.zeros_like(p) for name, p in mlp.named_parameters()}
+    assert not torch.func.functional_call(mlp, zeros, (x,)).any()
+    other = MLP((4, 8, 2))
+    other.load_state_dict(mlp.state_dict(), assign=True)
+    assert torch.equal(other(x), mlp(x))
+
+
 def test_weights_follow_the_generator_and_not_the_global_one() -> None:
     torch.manual_seed(0)
     networks = [NatureCNN((1, 36, 36), width=4, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
