@@ -151,17 +151,17 @@ PRESETS: dict[str, Preset] = {
         steps=1_000_000, num_envs=16, num_steps=256, batch_size=64, epochs=4, lam=0.94, lr=3e-4, anneal_lr=False,
         value_coef=1.0, entropy_coef=0.0, normalize_obs=True, normalize_reward=True,
     ),
-    # rl-baselines3-zoo, without its state-dependent exploration
+    # rl-baselines3-zoo; in place of its state-dependent exploration a larger deviation, normalisation and annealing
     "pendulum": _preset(
-        "-200 or better (at best about -150) after 200k steps", "Pendulum-v1",
-        steps=200_000, num_envs=4, num_steps=1024, batch_size=64, epochs=10, discount=0.9, lr=1e-3, anneal_lr=False,
-        value_coef=1.0, entropy_coef=0.0,
+        "-200 or better (at best about -150) after 150k steps", "Pendulum-v1",
+        steps=150_000, num_envs=4, num_steps=1024, batch_size=64, epochs=10, discount=0.9, lr=1e-3,
+        value_coef=1.0, entropy_coef=0.0, normalize_obs=True, normalize_reward=True, log_std_init=0.5,
     ),
-    # rl-baselines3-zoo
+    # rl-baselines3-zoo, annealed
     "lunarlander": _preset(
         "200 or better (which counts as solved) after 1M steps", "LunarLander-v3",
         steps=1_000_000, num_envs=16, num_steps=1024, batch_size=64, epochs=4, discount=0.999, lam=0.98, lr=3e-4,
-        anneal_lr=False, value_coef=1.0, entropy_coef=0.01,
+        value_coef=1.0, entropy_coef=0.01,
     ),
     # CleanRL
     "atari": _preset(

@@ -52,7 +52,8 @@ class Forgetful(gymnasium.Env):
 
 
 def _train(env: str, config: dict[str, Any], folder: Path, **options: Any) -> None:
-    settings = ppo.Config(**{"hidden": (16,), **config})
+    # Minibatches of half a rollout: a single one would need no shuffling.
+    settings = ppo.Config(**{"hidden": (16,), "batch_size": 64, **config})
     # The checkpoint holds the global generators, too; these runs do not use them.
     random.seed(0)
     np.random.seed(0)
