@@ -79,18 +79,18 @@ def breakout(**kwargs: Any) -> Envs:
     return make("ALE/Breakout-v5", N, seed=1, max_episode_steps=25, env_kwargs=options)
 
 
-@pytest.mark.parametrize("before", [25, 93])
-def test_games_continue_exactly(before: int) -> None:
-    check_restoring(breakout, before, 30)
+def test_games_continue_exactly() -> None:
+    outs = check_restoring(breakout, 60, 20)
+    assert [out.truncated.sum() for out in outs[:60]].count(N) == 2
 
 
 def test_games_that_are_lost_continue_exactly() -> None:
     # Many frames a step, so that a game is lost in about 50 steps; the games of the two differ in length.
     def build() -> Envs:
-        return make("ALE/Breakout-v5", N, env_kwargs={"frameskip": 20, "replay_steps": 80, **ONE_THREAD})
+        return make("ALE/Breakout-v5", N, env_kwargs={"frameskip": 20, "replay_steps": 45, **ONE_THREAD})
 
-    outs = check_restoring(build, 150, 20)
-    assert sum(out.terminated.sum() for out in outs[:150]) >= 4
+    outs = check_restoring(build, 110, 10)
+    assert sum(out.terminated.sum() for out in outs[:110]) >= 3
 
 
 def test_a_long_record_forgets_what_no_game_needs() -> None:
@@ -135,9 +135,9 @@ def test_the_loss_of_a_life_is_terminal_for_training_only() -> None:
     runs = []
     for episodic_life in (False, True):
         options = {"episodic_life": episodic_life, "frameskip": 20, **ONE_THREAD}
-        envs = make("ALE/Breakout-v5", N, seed=1, env_kwargs=options)
+        envs = make("ALE/Breakout-v5", 1, seed=1, env_kwargs=options)
         envs.reset()
-        runs.append((play(envs, 80), envs.episodes()))
+        runs.append((play(envs, 70), envs.episodes()))
         envs.close()
     (plain, plain_episodes), (lives, lives_episodes) = runs
     assert plain_episodes == lives_episodes != []
@@ -206,7 +206,7 @@ def test_an_unknown_game_lists_the_closest() -> None:
 
 
 def test_the_checks_pass_without_asking_ale_for_the_impossible() -> None:
-    report = check_env("ALE/Pong-v5", steps=62, env_kwargs=ONE_THREAD)
+    report = check_env("ALE/Pong-v5", steps=42, env_kwargs=ONE_THREAD)
     assert report.ok, str(report)
     assert "wait for ever" in report["vector bad action"].detail
     assert report["vector autoreset"].status == "ok"
