@@ -26,6 +26,7 @@ SETTINGS = [Setting(300, nvec=(6,), valid=0.7), Setting(8200, parts=66, shared=T
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("name", "number"), BARRIERS, ids=[f"{name}:{number}" for name, number in BARRIERS])
 def test_a_missing_barrier_is_noticed(
     name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

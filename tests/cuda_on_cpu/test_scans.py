@@ -191,6 +191,7 @@ def test_scan_agrees_with_the_reference(op: str, mode: str, shape: tuple[int, in
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
 @pytest.mark.parametrize("mode", ["plain", "asan"])
 @pytest.mark.parametrize("op", BUILDERS)
