@@ -126,6 +126,8 @@ def train(env: str, config: ppo.Config, folder: Path) -> dict[str, Any]:
         start = time.perf_counter()
         agent = ppo.train(config, env, run=run)
         seconds = time.perf_counter() - start
+        if run.interrupted:
+            raise SystemExit(130)
     envs = make(env, EPISODES, training=False)
     result = evaluate(agent, envs, episodes=EPISODES, seed=EVALUATION_SEED + config.seed)
     envs.close()
