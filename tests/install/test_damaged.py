@@ -128,3 +128,18 @@ def test_a_torch_without_the_exchange_api_is_not_fatal(python: Any, package: Pat
 
 def test_the_copy_itself_works(python: Any, package: Path) -> None:
     assert use(python, package).startswith("cpu: compiled kernels")
+
+
+@pytest.mark.parametrize(("allowed", "outcome"), [("", "would test the references"), ("1", "1 passed")])
+def test_a_test_session_without_kernels_aborts(
+    python: Any, package: Path, allowed: str, outcome: str
+) -> None:
+    delete(package / f"_C{SUFFIX}")
+    session = package.parent / "session"
+    session.mkdir()
+    shutil.copy(Path(__file__).parents[1] / "conftest.py", session)
+    (session / "test_nothing.py").write_text("def test_nothing():\n    pass\n")
+    code = "import pytest\npytest.main(['-p', 'no:cacheprovider', '--rootdir=session', 'session'])"
+    result = python(code, path=package.parent, PYWM_TEST_REFERENCE=allowed)
+    assert outcome in result.out + result.err
+    assert ("passed" in result.out) == bool(allowed)
