@@ -680,7 +680,7 @@ py::object ppo_loss_categorical(py::handle logits, const std::vector<int64_t>& n
   const int rank = call.first().ndim - 1;
   int64_t width = 0;
   for (int64_t n : nvec) {
-    if (n < 1) return py::none();
+    if (n < 1 || n > call.first().shape[rank] - width) return py::none();  // sums of anything could overflow
     width += n;
   }
   const int64_t G = static_cast<int64_t>(nvec.size());

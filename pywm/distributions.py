@@ -7,6 +7,7 @@ are drawn by inverse CDF from one uniform number a group, as everywhere in pywm;
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +76,12 @@ class MultiCategorical:
     nvec: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "nvec", tuple(int(n) for n in self.nvec))
+        try:
+            nvec = tuple(operator.index(n) for n in self.nvec)
+        except TypeError:
+            text = f"MultiCategorical: nvec is {self.nvec!r}, but a sequence of integers was expected"
+            raise TypeError(text) from None
+        object.__setattr__(self, "nvec", nvec)
 
     def _groups(self) -> list[Categorical]:
         return [Categorical(x) for x in self.logits.split(self.nvec, -1)]

@@ -26,9 +26,9 @@ inline S common_row(const PpoLossCommon<S>& a, const PpoMoments& moments, int64_
   return policy.grad_log_prob * S(moments.inverse_count);
 }
 
-// Probabilities of one group into `probs`; returns log Σ exp(logit), and the entropy.
+// Probabilities of one group into `probs`; returns how they normalise, and the entropy.
 template <typename S>
-inline S softmax(const S* __restrict logits, int64_t A, S* __restrict probs, S& entropy) {
+inline math::LogTotal<S> softmax(const S* __restrict logits, int64_t A, S* __restrict probs, S& entropy) {
   S top = logits[0];
   for (int64_t j = 1; j < A; ++j) top = logits[j] > top ? logits[j] : top;
   S total = S(0);
@@ -36,25 +36,29 @@ inline S softmax(const S* __restrict logits, int64_t A, S* __restrict probs, S& 
     probs[j] = math::exp(logits[j] - top);
     total += probs[j];
   }
-  const S log_total = top + math::log(total), inverse = S(1) / total;
+  const math::LogTotal<S> log_total{top, math::log(total)};
+  const S inverse = S(1) / total;
   entropy = S(0);
   for (int64_t j = 0; j < A; ++j) {
     probs[j] *= inverse;
-    entropy -= math::plogp(probs[j], logits[j] - log_total);
+    entropy -= math::plogp(probs[j], math::categorical_log_prob(logits[j], log_total));
   }
   return log_total;
 }
 
 // The same without keeping the probabilities: twice the exponentials, no memory.
 template <typename S>
-inline S log_sum_exp(const S* logits, int64_t A, S& entropy) {
+inline math::LogTotal<S> log_sum_exp(const S* logits, int64_t A, S& entropy) {
   S top = logits[0];
   for (int64_t j = 1; j < A; ++j) top = logits[j] > top ? logits[j] : top;
   S total = S(0);
   for (int64_t j = 0; j < A; ++j) total += math::exp(logits[j] - top);
-  const S log_total = top + math::log(total);
+  const math::LogTotal<S> log_total{top, math::log(total)};
   entropy = S(0);
-  for (int64_t j = 0; j < A; ++j) entropy -= math::plogp(math::exp(logits[j] - log_total), logits[j] - log_total);
+  for (int64_t j = 0; j < A; ++j) {
+    const S log_prob = math::categorical_log_prob(logits[j], log_total);
+    entropy -= math::plogp(math::exp(log_prob), log_prob);
+  }
   return log_total;
 }
 
@@ -76,7 +80,8 @@ void categorical(const PpoLossCategoricalArgs<S>& a, const PpoMoments& moments, 
     }
     // First the log-probability of the whole action, for the ratio needs it; then each group's gradient, over the
     // probabilities that the first pass left in its place.
-    S log_prob = S(0), entropy = S(0), log_totals[kMaxGroups], entropies[kMaxGroups];
+    S log_prob = S(0), entropy = S(0), entropies[kMaxGroups];
+    math::LogTotal<S> log_totals[kMaxGroups];
     int64_t actions[kMaxGroups], offset = 0;
     for (int64_t g = 0; g < a.G; ++g) {
       const int64_t A = a.nvec[g];
@@ -90,7 +95,7 @@ void categorical(const PpoLossCategoricalArgs<S>& a, const PpoMoments& moments, 
       } else {
         log_totals[g] = log_sum_exp(logits + offset, A, entropies[g]);
       }
-      log_prob += logits[offset + actions[g]] - log_totals[g];
+      log_prob += math::categorical_log_prob(logits[offset + actions[g]], log_totals[g]);
       entropy += entropies[g];
       offset += A;
     }
@@ -100,10 +105,10 @@ void categorical(const PpoLossCategoricalArgs<S>& a, const PpoMoments& moments, 
     offset = 0;
     for (int64_t g = 0; g < a.G; ++g) {
       for (int64_t j = 0; j < a.nvec[g]; ++j) {
-        const S prob = grad[offset + j];
+        const S prob = grad[offset + j], class_log_prob = math::categorical_log_prob(logits[offset + j], log_totals[g]);
         grad[offset + j] =
             weight * math::categorical_grad_log_prob(prob, j == actions[g]) +
-            entropy_weight * math::categorical_grad_entropy(prob, logits[offset + j] - log_totals[g], entropies[g]);
+            entropy_weight * math::categorical_grad_entropy(prob, class_log_prob, entropies[g]);
       }
       offset += a.nvec[g];
     }

@@ -136,7 +136,8 @@ struct Groups {
 
 template <typename S>
 struct GroupStatistics {
-  S log_total, entropy;
+  math::LogTotal<S> log_total;
+  S entropy;
 };
 
 // Of `classes` logits shared by kLanes lanes; with no classes, nothing that may be used.
@@ -147,10 +148,10 @@ __device__ __forceinline__ GroupStatistics<S> group_statistics(const S* logits, 
   top = group_max<kLanes>(top);
   S total = S(0);
   for (int64_t j = lane; j < classes; j += kLanes) total += math::exp(logits[j] - top);
-  const S log_total = top + math::log(group_sum<kLanes>(total));
+  const math::LogTotal<S> log_total{top, math::log(group_sum<kLanes>(total))};
   S entropy = S(0);
   for (int64_t j = lane; j < classes; j += kLanes) {
-    const S log_prob = logits[j] - log_total;
+    const S log_prob = math::categorical_log_prob(logits[j], log_total);
     entropy -= math::plogp(math::exp(log_prob), log_prob);
   }
   return {log_total, group_sum<kLanes>(entropy)};
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (!valid) continue;
       const int64_t chosen = action[g];
       const bool is_class = chosen >= 0 && chosen < classes;
-      log_prob += is_class ? logits[begin + chosen] - statistics.log_total : S(NAN);
+      log_prob += is_class ? math::categorical_log_prob(logits[begin + chosen], statistics.log_total) : S(NAN);
       entropy += statistics.entropy;
     }
     if (inside && !valid && lane == 0 && common.grad_value) common.grad_value[m] = S(0);
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int64_t j = lane; j < classes; j += kLanes) {
         S gradient = S(0);
         if (valid) {
-          const S class_log_prob = logits[begin + j] - statistics.log_total;
+          const S class_log_prob = math::categorical_log_prob(logits[begin + j], statistics.log_total);
           const S prob = math::exp(class_log_prob);
           gradient = weight * math::categorical_grad_log_prob(prob, j == action[g]) +
                      entropy_weight * math::categorical_grad_entropy(prob, class_log_prob, statistics.entropy);

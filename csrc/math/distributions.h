@@ -6,6 +6,18 @@
 
 namespace pywm::math {
 
+// How the logits of a group normalise: their largest, and the logarithm of the sum of exp(logit - top). Kept apart, for
+// their sum would swallow the logarithm where logits are large.
+template <typename S>
+struct LogTotal {
+  S top, log_sum;
+};
+
+template <typename S>
+PYWM_HD S categorical_log_prob(S logit, LogTotal<S> total) {
+  return (logit - total.top) - total.log_sum;
+}
+
 // p·log p, 0 for a class that cannot occur (log p = -inf).
 template <typename S>
 PYWM_HD S plogp(S prob, S log_prob) {

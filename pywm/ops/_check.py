@@ -53,6 +53,7 @@ def scan(
     function: str,
     floats: dict[str, object],
     masks: dict[str, object] | None = None,
+    optional_masks: dict[str, object] | None = None,
     columns: dict[str, object] | None = None,
 ) -> tuple[int, int]:
     """Check the tensors of a reverse scan; the first of ``floats`` sets T, N, dtype and device.
@@ -60,7 +61,8 @@ def scan(
     Args:
         function: name used in messages.
         floats: ``[T, N]`` float tensors.
-        masks: ``[T, N]`` bool or float tensors; None is passed over.
+        masks: ``[T, N]`` bool or float tensors.
+        optional_masks: likewise, or None.
         columns: ``[N]`` float tensors.
 
     Returns:
@@ -77,11 +79,11 @@ def scan(
         x = tensor(function, name, x)
         _shape(function, name, x, (T, N), first_name)
         like(function, name, x, first_name, first)
-    for name, x in (masks or {}).items():
-        if x is not None:
-            x = tensor(function, name, x, MASK_DTYPES)
-            _shape(function, name, x, (T, N), first_name)
-            same_device(function, name, x, first_name, first)
+    given = {k: x for k, x in (optional_masks or {}).items() if x is not None}
+    for name, x in {**(masks or {}), **given}.items():
+        x = tensor(function, name, x, MASK_DTYPES)
+        _shape(function, name, x, (T, N), first_name)
+        same_device(function, name, x, first_name, first)
     for name, x in (columns or {}).items():
         x = tensor(function, name, x)
         if tuple(x.shape) != (N,):
@@ -115,13 +117,16 @@ def number(
     """Check that ``x`` is a real number in [low, high], or (low, high] with ``exclusive_low``."""
     if isinstance(x, bool) or not isinstance(x, int | float):
         raise TypeError(f"{function}: {name} is a {type(x).__name__}, but a number was expected")
-    inside = (low < x if exclusive_low else low <= x) and x <= high
-    if not inside or x != x:
+    try:
+        value, shown = float(x), str(x)
+    except OverflowError:
+        value, shown = math.nan, f"an integer of {int(x).bit_length()} bits"
+    if not ((low < value if exclusive_low else low <= value) and value <= high):
         opening, closing = "(" if exclusive_low else "[", ")" if high == math.inf else "]"
         raise ValueError(
-            f"{function}: {name} is {x}, but a number in {opening}{low:g}, {high:g}{closing} was expected"
+            f"{function}: {name} is {shown}, but a number in {opening}{low:g}, {high:g}{closing} was expected"
         )
-    return float(x)
+    return value
 
 
 def flag(function: str, name: str, x: object) -> bool:

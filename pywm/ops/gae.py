@@ -89,7 +89,8 @@ def gae(
     _check.scan(
         "gae",
         {"reward": reward, "value": value, "next_value": next_value},
-        {"terminated": terminated, "truncated": truncated, "valid": valid},
+        {"terminated": terminated, "truncated": truncated},
+        {"valid": valid},
     )
     discount = _check.number("gae", "discount", discount, high=1)
     lam = _check.number("gae", "lam", lam, high=1)

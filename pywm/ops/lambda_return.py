@@ -67,7 +67,7 @@ def lambda_return(
     floats: dict[str, object] = {"reward": reward, "discount": discount, "next_value": next_value}
     if rows is not None:
         floats["lam"] = rows
-    _check.scan("lambda_return", floats, {"valid": valid})
+    _check.scan("lambda_return", floats, optional_masks={"valid": valid})
     number = _check.number("lambda_return", "lam", number, high=1)
     if not _native.supports(reward):
         mixing = number if rows is None else rows

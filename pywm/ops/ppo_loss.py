@@ -179,6 +179,8 @@ def _fast(
             result = _gaussian(*inputs, action, *constants, *numbers, want, want_value, False)
         elif kind is Categorical or kind is MultiCategorical:
             logits: Tensor = dist.logits  # type: ignore[attr-defined]
+            if logits.is_nested:  # it has no shape to ask for
+                return None
             grouped = kind is MultiCategorical
             nvec = dist.nvec if grouped else logits.shape[-1:]  # type: ignore[attr-defined]
             inputs = (logits,)
