@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 # Smaller uint8 grids (MiniGrid's 7 x 7 object codes) are codes, not pixels; a convolution has nothing to see.
 MIN_IMAGE_SIDE = 16
 
+# By how much of a bound a float32 action may overstep it after a few operations.
+ROUNDING = 1e-5
+
 Space = spaces.Space[Any]
 Convert = Callable[[Any], np.ndarray]
 
@@ -210,24 +213,26 @@ class ActionCheck:
 
     def __init__(self, space: Space, num_envs: int, name: str = "environment") -> None:
         self.space = space
-        self._start: Any = 0
         self._dtype = np.dtype(space.dtype)
         self._shape: tuple[int, ...] = (num_envs, *(space.shape or ()))
-        self._count: Any = None
+        self._is_box = False
+        self._start = np.zeros((), dtype=np.int64)
+        # By dtype: the unsigned dtype of the same size, and the largest choice of every entry in it.
+        self._limits: dict[np.dtype[Any], tuple[np.dtype[Any], np.ndarray]] = {}
         if isinstance(space, spaces.Discrete):
-            self._count, self._start = int(space.n), int(space.start)
+            self._top, self._start = np.asarray(space.n - 1), np.asarray(space.start)
             self.space = spaces.Discrete(int(space.n))
         elif isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
-            self._count, self._start = space.nvec.astype(np.uint64), np.asarray(space.start)
+            self._top, self._start = space.nvec - 1, np.asarray(space.start)
             self.space = spaces.MultiDiscrete(space.nvec)
         elif isinstance(space, spaces.MultiBinary):
-            self._count = 2
+            self._top = np.asarray(1)
         elif isinstance(space, spaces.Box) and self._dtype.kind == "f":
-            # An open bound still excludes infinity.
+            self._is_box = True
+            # An open bound still excludes infinity. Broadcast here, because it costs time in every step.
             limit = np.finfo(self._dtype).max
-            self._low, self._high = np.maximum(space.low, -limit), np.minimum(space.high, limit)
-            size = np.maximum(np.maximum(np.abs(self._low), np.abs(self._high)), 1.0)
-            self._slack = np.minimum(1e-5 * size.astype(np.float64), limit).astype(self._dtype)
+            self._low = np.maximum(space.low, -limit) + np.zeros(self._shape, dtype=self._dtype)
+            self._high = np.minimum(space.high, limit) + np.zeros(self._shape, dtype=self._dtype)
         else:
             raise UserError(
                 f"{name}: the action space is {space}, but expected Discrete, MultiDiscrete (one axis), "
@@ -246,28 +251,34 @@ class ActionCheck:
             raise TypeError(f"Envs.step: action is a {type(action).__name__}, but expected a numpy.ndarray")
         if action.shape != self._shape:
             raise ValueError(f"Envs.step: action has shape {action.shape}, but expected {self._shape}")
-        kind = action.dtype.kind
-        if self._count is None:
-            return self._check_box(action, kind)
-        if kind not in "iu":
-            raise TypeError(f"Envs.step: action has dtype {action.dtype}, but expected integers")
+        if self._is_box:
+            return self._check_box(action)
         # Negative integers seen as unsigned are large: one comparison covers both ends of the range.
-        if kind == "i":
-            unsigned = action.view(f"u{action.itemsize}")
-        else:
-            unsigned = action
-        if np.count_nonzero(unsigned >= self._count):
-            self._raise_range(action, unsigned)
+        unsigned, top = self._limits.get(action.dtype) or self._limit(action.dtype)
+        outside = action.view(unsigned) > top
+        if np.count_nonzero(outside):
+            n = int(np.argwhere(outside)[0, 0])
+            raise ValueError(
+                f"Envs.step: action of environment {n} is {action[n]}, but expected 0 to {self._top.tolist()}"
+            )
         if self._shifted:
-            shifted: np.ndarray = (action + self._start).astype(self._dtype)
-            return shifted
+            return np.asarray(action + self._start, dtype=self._dtype)
         return action if action.dtype == self._dtype else action.astype(self._dtype)
 
-    def _check_box(self, action: np.ndarray, kind: str) -> np.ndarray:
-        if kind != "f":
-            raise TypeError(f"Envs.step: action has dtype {action.dtype}, but expected floats")
+    def _limit(self, dtype: np.dtype[Any]) -> tuple[np.dtype[Any], np.ndarray]:
+        if dtype.kind not in "iu":
+            raise TypeError(f"Envs.step: action has dtype {dtype}, but expected integers")
+        unsigned = np.dtype(f"{dtype.byteorder}u{dtype.itemsize}")
+        top = np.minimum(self._top.astype(np.uint64), np.uint64(np.iinfo(dtype).max)).astype(unsigned)
+        self._limits[dtype] = unsigned, np.broadcast_to(top, self._shape).copy()
+        return self._limits[dtype]
+
+    def _check_box(self, action: np.ndarray) -> np.ndarray:
         if action.dtype != self._dtype:
-            action = action.astype(self._dtype)
+            if action.dtype.kind != "f":
+                raise TypeError(f"Envs.step: action has dtype {action.dtype}, but expected floats")
+            with np.errstate(over="ignore"):
+                action = action.astype(self._dtype)
         # Comparisons with NaN are false, so this line also finds what is not finite.
         inside = (action >= self._low) & (action <= self._high)
         if np.count_nonzero(inside) == inside.size:
@@ -275,18 +286,14 @@ class ActionCheck:
         if not np.isfinite(action).all():
             n = int(np.argwhere(~np.isfinite(action))[0, 0])
             raise ValueError(f"Envs.step: action of environment {n} is {action[n]}, but expected finite ones")
-        with np.errstate(over="ignore"):
-            near = (action >= self._low - self._slack) & (action <= self._high + self._slack)
+        slack = ROUNDING * np.maximum(
+            np.maximum(np.abs(self._low), np.abs(self._high)), 1.0, dtype=np.float64
+        )
+        near = (action >= self._low - slack) & (action <= self._high + slack)
         if not near.all():
             n = int(np.argwhere(~near)[0, 0])
             raise ValueError(
                 f"Envs.step: action of environment {n} is {action[n]}, but expected values between "
-                f"{self._low} and {self._high} (clip the action before stepping)"
+                f"{self._low[n]} and {self._high[n]} (clip the action before stepping)"
             )
-        clipped: np.ndarray = np.clip(action, self._low, self._high)
-        return clipped
-
-    def _raise_range(self, action: np.ndarray, unsigned: np.ndarray) -> None:
-        n = int(np.argwhere(unsigned >= self._count)[0, 0])
-        top = self._count - 1 if np.ndim(self._count) == 0 else (self._count.astype(np.int64) - 1).tolist()
-        raise ValueError(f"Envs.step: action of environment {n} is {action[n]}, but expected 0 to {top}")
+        return np.asarray(np.clip(action, self._low, self._high))
