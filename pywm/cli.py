@@ -311,7 +311,7 @@ class _Eval:
 
 def _eval(argv: list[str]) -> int:
     from pywm import algos
-    from pywm.training import report
+    from pywm.training import checkpoint, report
     from pywm.training.directory import read_run
     from pywm.training.evaluate import EVAL_SEED, evaluate
 
@@ -327,12 +327,14 @@ def _eval(argv: list[str]) -> int:
         render_mode="rgb_array" if filming else None,
     )
     frames: list[Any] | None = [] if filming else None
+    seed = EVAL_SEED if arguments.seed is None else arguments.seed
+    checkpoint.seed_rng(seed)
     try:
         result = evaluate(
             agent,
             envs,
             episodes=arguments.episodes,
-            seed=EVAL_SEED if arguments.seed is None else arguments.seed,
+            seed=seed,
             greedy=not arguments.stochastic,
             frames=frames,
         )

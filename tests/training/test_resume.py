@@ -122,6 +122,7 @@ def test_a_resume_falls_back_when_the_newest_checkpoint_is_damaged(
     assert "falling back to step_00000080" in result.err
     assert "resumed at 80 env steps" in result.err
     assert "falling back to step_00000080" in (run / "log.txt").read_text()
+    assert (run / "checkpoints/damaged-step_00000120").is_dir()  # out of the way of the new one
     assert fingerprint(run) == fingerprint(undisturbed)
 
 
@@ -276,6 +277,10 @@ def test_a_folder_that_cannot_be_written_is_the_user_s_problem(pywm: Commands, t
     result = pywm(*TINY, "--run-dir", tmp_path / "file" / "run")
     assert result.code == 2
     assert f"cannot use the run directory {tmp_path}/file/run" in result.err
+    (tmp_path / "run/log.txt").mkdir(parents=True)
+    result = pywm(*TINY, "--run-dir", tmp_path / "run")
+    assert result.code == 2
+    assert f"cannot use the run directory {tmp_path}/run" in result.err
 
 
 # Which directory, and who may use it.

@@ -228,9 +228,11 @@ def test_rows_are_cut_to_the_number_the_checkpoint_knows(
     writer.close()
     assert path.read_text() == '{"a":1}\n{"a":2}\n{"a":4}\n'
     assert not caplog.messages
+    path.write_text(path.read_text() + '{"a":')
     writer = JsonlWriter(path, rows=9)
     assert writer.rows == 3
     writer.close()
+    assert path.read_text() == '{"a":1}\n{"a":2}\n{"a":4}\n'
     assert "has 3 rows, the checkpoint was written at 9" in caplog.text
 
 

@@ -54,7 +54,9 @@ class Agent:
         self.actions = action_space.n
 
     def act(self, obs: Any, state: Any = None, *, greedy: bool = False) -> tuple[np.ndarray, Any]:
-        return np.zeros(len(obs), dtype=np.int64), None
+        return np.random.randint(
+            2, size=len(obs)
+        ), None  # draws, so that an evaluation could disturb a training
 
     def state(self) -> State:
         return State({"weight": self.weight}, {"actions": int(self.actions)})
