@@ -350,6 +350,14 @@ def test_normaliser_sees_every_observation_once() -> None:
     assert learner.agent.normalizer.state()["obs/count"] == pytest.approx(2 * 17, abs=1e-3)
 
 
+def test_rewards_are_normalised_for_learning_but_not_for_the_record() -> None:
+    learner = _learner(lambda: Counter(length=4), normalize_reward=True, num_steps=50)
+    batch = learner.collect(NullRun())
+    # Rewards are t + action/2: 10 to 12 an episode. Divided by a deviation of the discounted sum, they are smaller.
+    assert 10 <= batch.metrics["return/mean"] <= 12
+    assert 0 < learner.rollout.reward[10:].max() < 2
+
+
 # ---- numbers that are not finite
 
 
