@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
 
 from pywm.ops import _check, _native, reference
 from pywm.ops._registry import define, differentiate, in_float32, plain, plain_optional, served
@@ -46,20 +48,21 @@ def mlp(
 
     Returns:
         ``[..., O]``, dtype and device of ``x``. Differentiable once in x, weights and biases. Compiled on CPU; other
-        devices run the reference.
+        devices, ``torch.func`` transforms and forward-mode differentiation run the reference.
 
     Raises:
         TypeError: an argument is not a dense float tensor, dtypes differ, or weights or biases is no list.
         ValueError: a layer does not fit the one before, devices differ, or an activation is unknown.
     """
-    if not torch.compiler.is_compiling() and not _native.is_disabled():
+    transformed = _are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if not torch.compiler.is_compiling() and not _native.is_disabled() and not transformed:
         result = _entry(x, weights, biases, activation, output_activation, False, False)
         if result is not None:
             if result is not NotImplemented:
                 return result  # type: ignore[no-any-return]
             return _Eager.apply(activation, output_activation, x, *weights, *biases)  # type: ignore[no-any-return, no-untyped-call]
     _check_call(x, weights, biases, activation, output_activation)
-    if not (_native.supports(x) and x.device.type == "cpu"):
+    if transformed or not (_native.supports(x) and x.device.type == "cpu"):
         arguments = x, len(weights), activation, output_activation, *weights, *biases
         return in_float32(_reference, *arguments)  # type: ignore[no-any-return]
     y, _ = torch.ops.pywm.mlp(x, list(weights), list(biases), activation, output_activation)
@@ -120,7 +123,10 @@ def _rows(x: Tensor) -> Any:
 
 
 class _Eager(torch.autograd.Function):
-    """The op with its gradient, past the dispatcher: a third of its overhead. Inputs were found plain by the binding."""
+    """The op with its gradient, past the dispatcher, whose bookkeeping takes longer than a small network's arithmetic.
+
+    The binding found the inputs plain.
+    """
 
     @staticmethod
     def forward(ctx: Any, activation: str, output_activation: str, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -137,11 +143,11 @@ class _Eager(torch.autograd.Function):
         """Return the gradients of all inputs."""
         x, kept, y, *weights = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        arguments = (grads[0], x, y, kept, weights, *ctx.activations, wanted[2], any(wanted[3:]))
-        # With create_graph the dispatcher's op refuses to be differentiated again; without, it is only slower.
-        results = (
-            torch.ops.pywm.mlp_backward(*arguments) if torch.is_grad_enabled() else _backward(*arguments)
-        )
+        arguments = (plain(grads[0]), x, y, kept, weights, *ctx.activations, wanted[2], any(wanted[3:]))
+        # With create_graph grad mode is on, and the dispatcher's op refuses to be differentiated again.
+        results = None if torch.is_grad_enabled() else _entry_backward(*arguments)
+        if results is None:
+            results = torch.ops.pywm.mlp_backward(*arguments)
         grad_x = results[0] if wanted[2] else None
         parameters = results[1:] if any(wanted[3:]) else (None,) * (2 * len(weights))
         return None, None, grad_x, *parameters
@@ -172,11 +178,12 @@ def _fake_backward(  # type: ignore[no-untyped-def]
 def _backward(  # type: ignore[no-untyped-def]
     grad, x, y, kept, weights, activation, output_activation, want_x, want_parameters
 ):
-    if x.numel() == 0:  # no rows: nothing to sum
-        empty = _fake_backward(
-            grad, x, y, kept, weights, activation, output_activation, want_x, want_parameters
-        )
-        return [e.zero_() for e in empty]
+    if x.numel() == 0:  # no rows, which the kernel never sees
+        results = [x.new_zeros(x.shape if want_x else (0,))]
+        if want_parameters:
+            results += [w.new_zeros(w.shape) for w in weights]
+            results += [w.new_zeros(w.shape[:1]) for w in weights]
+        return results
     tensors = plain(grad), plain(x), plain_optional(y), kept, [plain(w) for w in weights]
     result = _entry_backward(*tensors, activation, output_activation, want_x, want_parameters)
     return served(result, "mlp_backward")

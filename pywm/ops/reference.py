@@ -7,7 +7,7 @@ the public functions in ``pywm.ops``. Masks select and never multiply, so NaN be
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -165,7 +165,7 @@ def mlp(
     output_activation: str,
 ) -> Tensor:
     """See :func:`pywm.ops.mlp`."""
-    functions = {
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
         "none": lambda z: z,
         "tanh": torch.tanh,
         "silu": functional.silu,
@@ -174,7 +174,8 @@ def mlp(
     }
     last = len(weights) - 1
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        x = functions[output_activation if i == last else activation](functional.linear(x, weight, bias))
+        z: Tensor = functional.linear(x, weight, bias)
+        x = functions[output_activation if i == last else activation](z)
     return x
 
 
@@ -192,7 +193,7 @@ def adam_step_(
 ) -> Tensor:
     """See :func:`pywm.ops.adam_step_`. Selects instead of branching on the norm, which would wait for the device."""
     with torch.no_grad():
-        norm = torch.linalg.vector_norm(grad)
+        norm: Tensor = torch.linalg.vector_norm(grad)
         finite = torch.isfinite(norm)
         if max_grad_norm is not None:
             grad = grad * (max_grad_norm / (norm + 1e-6)).clamp(max=1)
