@@ -101,9 +101,11 @@ def _check_buffers(param: object, grad: object, exp_avg: object, exp_avg_sq: obj
         _check.like("adam_step_", name, x, "param", first)
         if name == "grad":
             continue
-        if not x.is_contiguous() or x.is_neg():
+        # A tracer cannot ask for the lazy sign; what it traces has none.
+        lazy = not torch.compiler.is_compiling() and x.is_neg()
+        if not x.is_contiguous() or lazy:
             raise ValueError(
-                f"adam_step_: {name} has strides {x.stride()}{' and a lazy sign' if x.is_neg() else ''}, but a plain "
+                f"adam_step_: {name} has strides {x.stride()}{' and a lazy sign' if lazy else ''}, but a plain "
                 "contiguous buffer was expected, for it is changed in place"
             )
         if x.requires_grad and torch.is_grad_enabled():
