@@ -51,7 +51,11 @@ class Data:
         g = torch.Generator().manual_seed(0)
         self.reward = torch.randn(T, N, generator=g)
         values = torch.randn(T + 1, N, generator=g)
-        self.value, self.next_value, self.last_value = values[:-1].clone(), values[1:].clone(), values[-1].clone()
+        self.value, self.next_value, self.last_value = (
+            values[:-1].clone(),
+            values[1:].clone(),
+            values[-1].clone(),
+        )
         self.done = torch.rand(T, N, generator=g) < 0.02
         self.truncated = torch.zeros(T, N, dtype=torch.bool)
         self.cont = 1 - self.done.float()
@@ -62,7 +66,9 @@ class Data:
         self.next_value_np, self.cont_np = self.next_value.numpy(), self.cont.numpy()
         self.column = [x.unsqueeze(-1) for x in (self.value, self.next_value, self.reward)]
         self.done_column = self.done.unsqueeze(-1)
-        self.column_nt = [x.t().contiguous().unsqueeze(-1) for x in (self.value, self.next_value, self.reward)]
+        self.column_nt = [
+            x.t().contiguous().unsqueeze(-1) for x in (self.value, self.next_value, self.reward)
+        ]
         self.done_nt = self.done.t().contiguous().unsqueeze(-1)
 
 
@@ -70,9 +76,7 @@ class Data:
 
 
 def pywm_gae(d: Data) -> Thunk:
-    return lambda: pywm.gae(
-        d.reward, d.value, d.next_value, d.done, d.truncated, discount=DISCOUNT, lam=LAM
-    )
+    return lambda: pywm.gae(d.reward, d.value, d.next_value, d.done, d.truncated, discount=DISCOUNT, lam=LAM)
 
 
 def cleanrl_loop(reward: Tensor, value: Tensor, last_value: Tensor, cont: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,7 +299,9 @@ def compare(op: str, shape: tuple[int, int], options: argparse.Namespace) -> dic
             left_out[name] = "not installed"
             continue
         if "compile" in name and shape[0] > options.compile:
-            left_out[name] = f"compiles an unrolled loop of {shape[0]} rows (--compile {shape[0]} to include it)"
+            left_out[name] = (
+                f"compiles an unrolled loop of {shape[0]} rows (--compile {shape[0]} to include it)"
+            )
             continue
         try:
             thunk = make(data)
@@ -344,10 +350,14 @@ def call_overhead() -> dict[str, float]:
 
 def main() -> int:
     """Run the comparison and print tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=4.0, help="for each shape")
-    parser.add_argument("--compile", type=int, default=16, metavar="ROWS", help="compile loops up to this long")
+    parser.add_argument(
+        "--compile", type=int, default=16, metavar="ROWS", help="compile loops up to this long"
+    )
     parser.add_argument("--check", action="store_true", help="fail when a target is missed")
     parser.add_argument("--json", metavar="PATH")
     options = parser.parse_args()

@@ -105,7 +105,9 @@ def measure(info: OpInfo, workload: str, seconds: float) -> dict[str, Any]:
 
 def main() -> int:
     """Run the benchmarks and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--op", choices=[info.name for info in OPS])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=1.0, help="for each row")
@@ -114,7 +116,15 @@ def main() -> int:
     torch.set_num_threads(options.threads)
 
     print(f"{pywm.backend(torch.zeros(1))}; medians in µs")
-    columns = ("pywm_us", "bound_us", "times_bound", "reference_us", "reference_ratio", "backward_us", "backward_per_byte")
+    columns = (
+        "pywm_us",
+        "bound_us",
+        "times_bound",
+        "reference_us",
+        "reference_ratio",
+        "backward_us",
+        "backward_per_byte",
+    )
     print(f"{'op':18}{'workload':17}{'shape':>14}" + "".join(f"{c:>19}" for c in columns))
     rows = []
     for info in OPS:
@@ -124,7 +134,10 @@ def main() -> int:
             row = measure(info, workload, options.seconds)
             rows.append(row)
             shape = "x".join(map(str, row["shape"]))
-            print(f"{info.name:18}{workload:17}{shape:>14}" + "".join(f"{row[c]!s:>19}" for c in columns), flush=True)
+            print(
+                f"{info.name:18}{workload:17}{shape:>14}" + "".join(f"{row[c]!s:>19}" for c in columns),
+                flush=True,
+            )
     if options.json:
         report = {"machine": {**facts(), "threads_used": options.threads}, "rows": rows}
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n")

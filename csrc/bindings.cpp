@@ -286,7 +286,7 @@ class Call {
     if (!direct_) {
       // A view with the negative bit holds the numbers with the other sign.
       PyObject* self = object.ptr();
-      PyObject* const args[] = {self};
+      PyObject* args[] = {self};
       if (is_true(PyObject_VectorcallMethod(torch.s_is_neg, args, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr)))
         return refuse();
       wants_grad_ = wants_grad_ || is_true(PyObject_GetAttr(self, torch.s_requires_grad));

@@ -49,4 +49,6 @@ def require_extra(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise MissingExtra(f'{module} is not installed. Install it with: pip install "pywm[{extra}]"') from error
+        raise MissingExtra(
+            f'{module} is not installed. Install it with: pip install "pywm[{extra}]"'
+        ) from error

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from pywm.ops import _check, _native, reference
 from pywm.ops._registry import (
@@ -45,7 +46,7 @@ def discounted_return(reward: Tensor, discount: Tensor, bootstrap: Tensor) -> Te
     Source:
         Sutton and Barto (2018), eq. 3.8.
     """
-    if not torch.compiler.is_compiling() and not _native.is_disabled():
+    if not is_compiling() and not _native.is_disabled():
         result = _entry(reward, discount, bootstrap, False)
         if result is not None:
             return result  # type: ignore[no-any-return]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from pywm.ops import _check, _native, reference
 from pywm.ops._registry import (
@@ -82,7 +83,7 @@ def gae(
     Source:
         Schulman et al. (2016), eq. 16; truncation as in Pardo et al. (2018).
     """
-    if not torch.compiler.is_compiling() and not _native.is_disabled():
+    if not is_compiling() and not _native.is_disabled():
         result = _entry(reward, value, next_value, terminated, truncated, valid, discount, lam, False)
         if result is not None:
             return result  # type: ignore[no-any-return]

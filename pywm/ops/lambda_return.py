@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from pywm.ops import _check, _native, reference
 from pywm.ops._registry import (
@@ -60,7 +61,7 @@ def lambda_return(
         Sutton and Barto (2018), eq. 12.18; Hafner et al. (2020), eq. 6.
     """
     rows, number = (lam, 0.0) if isinstance(lam, Tensor) else (None, lam)
-    if not torch.compiler.is_compiling() and not _native.is_disabled():
+    if not is_compiling() and not _native.is_disabled():
         result = _entry(reward, discount, next_value, rows, number, valid, False)
         if result is not None:
             return result  # type: ignore[no-any-return]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from pywm.distributions import Categorical, DiagGaussian, MultiCategorical
 from pywm.ops import _check, _native, reference
@@ -125,7 +126,7 @@ def ppo_loss(
         entropy_coef,
         normalize_advantage,
     )
-    if not torch.compiler.is_compiling() and not _native.is_disabled():
+    if not is_compiling() and not _native.is_disabled():
         result = _fast(dist, action, (old_log_prob, advantage, value, returns, old_value, valid), numbers)
         if result is not None:
             return result

@@ -322,7 +322,9 @@ def test_agent_state_round_trips_with_its_normaliser_and_generator() -> None:
     assert agent.normalizer is not None
     assert other.normalizer is not None
     assert agent.normalizer.state()["obs/mean"].any()
-    assert all(np.array_equal(x, other.normalizer.state()[key]) for key, x in agent.normalizer.state().items())
+    assert all(
+        np.array_equal(x, other.normalizer.state()[key]) for key, x in agent.normalizer.state().items()
+    )
     for _ in range(5):
         assert np.array_equal(agent.act(obs)[0], other.act(obs)[0])
     assert np.array_equal(agent.act(obs, greedy=True)[0], other.act(obs, greedy=True)[0])
