@@ -1,5 +1,6 @@
 // torch tensors without torch: our own declarations of the public DLPack 1.x C ABI (only what is read here), and the
-// test that a view fits a kernel. torch >= 2.10 offers DLPackExchangeAPI as a capsule on torch.Tensor; see bindings.cpp.
+// test that a view fits a kernel. torch >= 2.10 offers DLPackExchangeAPI as a capsule on torch.Tensor; see
+// bindings.cpp.
 #pragma once
 
 #include <cstddef>
@@ -43,17 +44,22 @@ static_assert(sizeof(View) == 48 && offsetof(View, shape) == 24 && offsetof(Exch
 enum : int32_t { kCPU = 1, kCUDA = 2 };
 enum : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBool = 6 };
 
-template <typename T> struct TypeOf;
-template <> struct TypeOf<float> {
+template <typename T>
+struct TypeOf;
+template <>
+struct TypeOf<float> {
   static constexpr uint8_t code = kFloat;
 };
-template <> struct TypeOf<double> {
+template <>
+struct TypeOf<double> {
   static constexpr uint8_t code = kFloat;
 };
-template <> struct TypeOf<int64_t> {
+template <>
+struct TypeOf<int64_t> {
   static constexpr uint8_t code = kInt;
 };
-template <> struct TypeOf<uint8_t> {  // masks: torch.bool, one byte
+template <>
+struct TypeOf<uint8_t> {  // masks: torch.bool, one byte
   static constexpr uint8_t code = kBool;
 };
 

@@ -321,7 +321,8 @@ def not_a_tensor(case: Case, name: str, x: Tensor) -> bool:
         return False
     choices: list[Any] = [
         x.numpy() if x.dtype != torch.bfloat16 else np.zeros(3),
-        x[:3].tolist() if x.ndim else x.item(), "tensor", b"tensor", object(), {}, (x,), [x], range(3), np.float32(0.5), type(x), ..., 1j, x.shape,
+        x[:3].tolist() if x.ndim else x.item(), "tensor", b"tensor", object(), {}, (x,), [x],
+        range(3), np.float32(0.5), type(x), ..., 1j, x.shape,
         lambda: x,
     ]  # fmt: skip
     new = case.rng.choice(choices)

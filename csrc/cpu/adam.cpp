@@ -1,6 +1,7 @@
 // The optimiser step over one flat buffer on the CPU. See pywm/ops/adam_step.py for the definition.
 
 #include "../math/adam.h"
+
 #include "kernels.h"
 
 namespace pywm::cpu::PYWM_ISA {

@@ -122,9 +122,8 @@ void backward(const GaeBackwardArgs<S>& a, int64_t begin, int64_t end) {
       S* __restrict grad_next_value = next_out.row(row);
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) {
-        const auto g =
-            math::gae_grad(grad_advantage[i], grad_returns[i], carry[i], terminated[i] != 0, truncated[i] != 0,
-                           !kMasked || valid[i] != 0, discount, discount_lam);
+        const auto g = math::gae_grad(grad_advantage[i], grad_returns[i], carry[i], terminated[i] != 0,
+                                      truncated[i] != 0, !kMasked || valid[i] != 0, discount, discount_lam);
         carry[i] = g.carry;
         grad_reward[i] = g.reward;
         grad_value[i] = g.value;

@@ -70,8 +70,8 @@ void backward(const LambdaReturnBackwardArgs<S>& a, int64_t begin, int64_t end) 
       for (int64_t i = 0; i < n; ++i) {
         const bool bootstraps = last | (kMasked && !next_valid[i]);
         const auto g = math::lambda_return_grad(grad[i] + carry[i], discount[i], next_value[i],
-                                                math::select(bootstraps, next_value[i], next_return[i]), kRows ? lams[i] : lam,
-                                                !kMasked || valid[i] != 0, bootstraps);
+                                                math::select(bootstraps, next_value[i], next_return[i]),
+                                                kRows ? lams[i] : lam, !kMasked || valid[i] != 0, bootstraps);
         carry[i] = g.carry;
         grad_reward[i] = g.reward;
         grad_discount[i] = g.discount;

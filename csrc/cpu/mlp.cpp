@@ -4,8 +4,8 @@
 // Layout: rows of x are independent. `hidden` keeps each hidden layer's activations, [M, width] one after another;
 //   `slopes` the derivatives of layers whose activation does not tell them (SiLU), likewise, the output's last.
 // Mapping: forward and the chain of grad_x go through all layers with kMlpRows rows at a time, so that a row's
-//   activations stay in the cache. The gradients of the weights follow: grad_W = grad_z^T·input, one panel of columns at
-//   a time over all rows. Threads share blocks of rows, then panels; no sum is split, so their number does not show.
+//   activations stay in the cache. The gradients of the weights follow: grad_W = grad_z^T·input, one panel of columns
+//   at a time over all rows. Threads share blocks of rows, then panels; no sum is split, so their number does not show.
 // Cost: 2·M·parameters flops forward, twice that backward, at 60 to 90 % of one core's peak for widths from 32.
 // Numerics: gemm.h and math/activations.h; float32 sums over rows in blocks of kDepth.
 

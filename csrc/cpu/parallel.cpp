@@ -82,7 +82,8 @@ int num_threads() {
 
 void parallel_for(int64_t n, int64_t step, int64_t work, void* context, RangeFn fn) {
   const int64_t pieces = (n + step - 1) / step;
-  const int64_t threads = work < kParallelWork ? 1 : std::min<int64_t>({num_threads(), pieces, work / (kParallelWork / 2)});
+  const int64_t threads =
+      work < kParallelWork ? 1 : std::min<int64_t>({num_threads(), pieces, work / (kParallelWork / 2)});
   if (threads <= 1) {
     fn(context, 0, n);
     return;

@@ -106,9 +106,8 @@ void categorical(const PpoLossCategoricalArgs<S>& a, const PpoMoments& moments, 
     for (int64_t g = 0; g < a.G; ++g) {
       for (int64_t j = 0; j < a.nvec[g]; ++j) {
         const S prob = grad[offset + j], class_log_prob = math::categorical_log_prob(logits[offset + j], log_totals[g]);
-        grad[offset + j] =
-            weight * math::categorical_grad_log_prob(prob, j == actions[g]) +
-            entropy_weight * math::categorical_grad_entropy(prob, class_log_prob, entropies[g]);
+        grad[offset + j] = weight * math::categorical_grad_log_prob(prob, j == actions[g]) +
+                           entropy_weight * math::categorical_grad_entropy(prob, class_log_prob, entropies[g]);
       }
       offset += a.nvec[g];
     }

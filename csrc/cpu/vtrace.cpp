@@ -32,7 +32,8 @@ void forward(const VtraceArgs<S>& a, int64_t begin, int64_t end) {
         const int64_t k = row + i;
         const bool cut = a.truncated[k] != 0;
         const S next_y = carry[i];
-        a.advantage[k] = math::vtrace_advantage(rho[i], a.reward[k], a.discount[k], a.value[k], a.next_value[k], cut, next_y);
+        a.advantage[k] =
+            math::vtrace_advantage(rho[i], a.reward[k], a.discount[k], a.value[k], a.next_value[k], cut, next_y);
         const S y =
             math::vtrace_correction(rho[i], c[i], a.reward[k], a.discount[k], a.value[k], a.next_value[k], cut, next_y);
         carry[i] = y;
@@ -65,9 +66,9 @@ void backward(const VtraceBackwardArgs<S>& a, int64_t begin, int64_t end) {
       S* __restrict grad_next_value = next_out.row(row);
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) {
-        const auto g = math::vtrace_grad(grad_target[i], grad_advantage[i], grad_target[i] + carry[i], rho[i], c[i],
-                                         a.discount[row + i], a.next_value[row + i], a.truncated[row + i] != 0,
-                                         next_y[i]);
+        const auto g =
+            math::vtrace_grad(grad_target[i], grad_advantage[i], grad_target[i] + carry[i], rho[i], c[i],
+                              a.discount[row + i], a.next_value[row + i], a.truncated[row + i] != 0, next_y[i]);
         carry[i] = g.carry;
         grad_reward[i] = g.reward;
         grad_discount[i] = g.discount;

@@ -199,7 +199,7 @@ def _fast(
         return None
     loss, stats, *gradients = result
     if want or want_value:
-        loss = _Attach.apply(loss, *gradients, *inputs, value)
+        loss = _Attach.apply(loss, *gradients, *inputs, value)  # type: ignore[no-untyped-call]
     return PPOLoss(loss, PPOStats(*stats.unbind()))
 
 

@@ -6,6 +6,7 @@ the benchmarks by its row in :data:`OPS`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -247,6 +248,32 @@ def _ppo_call(sample: Sample) -> tuple[Tensor, ...]:
     return loss, *stats
 
 
+# Widths of the perceptrons in the table, after the input's.
+_MLP_WIDTHS = (9, 5, 3)
+
+
+def _mlp(activation: str) -> Callable[..., Sample]:
+    def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+        widths = (shape[-1], *_MLP_WIDTHS)
+        tensors: dict[str, Tensor | None] = {"x": torch.randn(shape, generator=g, dtype=dtype)}
+        for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+            weight = torch.randn(outputs, inputs, generator=g, dtype=dtype)
+            tensors[f"weight{i}"] = weight / max(inputs, 1) ** 0.5
+            tensors[f"bias{i}"] = 0.3 * torch.randn(outputs, generator=g, dtype=dtype)
+        return Sample(tensors, {"activation": activation})
+
+    return build
+
+
+def _mlp_call(sample: Sample) -> tuple[Tensor, ...]:
+    x, *parameters = sample.tensors.values()
+    return (ops.mlp(x, parameters[::2], parameters[1::2], **sample.numbers),)  # type: ignore[arg-type]
+
+
+def _mlp_parameters(inputs: int) -> int:
+    return sum((i + 1) * o for i, o in itertools.pairwise((inputs, *_MLP_WIDTHS)))
+
+
 _SCAN_SHAPES = ((5, 3), (1, 1), (16, 1), (1, 257), (15, 0), (64, 129), (300, 5), (7, 1030))
 _SCAN_BENCH = {
     "ppo_cartpole": (32, 8),
@@ -341,5 +368,21 @@ OPS: tuple[OpInfo, ...] = (
         bytes_moved=lambda shape, item: shape[0] * (item * (2 * shape[1] + 5) + 8),
         bytes_moved_backward=lambda shape, item: shape[0] * item * 2 * (shape[1] + 1),
         tol={torch.float32: (3e-5, 3e-5), torch.float64: (1e-10, 1e-10)},
+    ),
+    OpInfo(
+        name="mlp",
+        call=_mlp_call,
+        variants={"plain": _mlp("tanh"), "silu": _mlp("silu"), "elu": _mlp("elu"), "relu": _mlp("relu")},
+        outputs=("y",),
+        differentiable=("x", "weight0", "bias0", "weight1", "bias1", "weight2", "bias2"),
+        kernels=("mlp", "mlp_backward"),
+        shapes=((5, 3), (1, 1), (16, 1), (1, 257), (0, 15), (64, 129), (4, 7, 33), (3,)),
+        bench_shapes={"act": (8, 4), "minibatch": (256, 4), "rollout": (2048, 17)},
+        bytes_moved=lambda shape, item: item * (shape[0] * (shape[1] + 3) + _mlp_parameters(shape[1])),
+        bytes_moved_backward=lambda shape, item: (
+            item * (shape[0] * (2 * shape[1] + 3) + 2 * _mlp_parameters(shape[1]))
+        ),
+        devices=("cpu",),
+        tol={torch.float32: (1e-4, 5e-5), torch.float64: (1e-10, 1e-10)},
     ),
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from pywm.ops import _native
 from pywm.testing.opinfo import OPS
@@ -128,7 +129,7 @@ def test_opcheck(info, variant, device):
     assert recorder.seen
     for func, args in recorder.seen:
         if "backward" in func.name():  # differentiable once: its own derivative raises, as another test shows
-            args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+            args = tree_map_only(torch.Tensor, torch.Tensor.detach, args)
         torch.library.opcheck(func, tuple(args))
 
 
