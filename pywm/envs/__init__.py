@@ -5,8 +5,20 @@
 
 from __future__ import annotations
 
+from pywm.envs.checks import Report, check_env, check_vector_env
 from pywm.envs.make import EnvLike, make
 from pywm.envs.spaces import ObsKeys, is_image, split_keys
 from pywm.envs.vector import Envs, Episode
 
-__all__ = ["EnvLike", "Envs", "Episode", "ObsKeys", "is_image", "make", "split_keys"]
+__all__ = [
+    "EnvLike",
+    "Envs",
+    "Episode",
+    "ObsKeys",
+    "Report",
+    "check_env",
+    "check_vector_env",
+    "is_image",
+    "make",
+    "split_keys",
+]
