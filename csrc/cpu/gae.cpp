@@ -1,8 +1,9 @@
 // Generalised advantage estimation on the CPU. See pywm/ops/gae.py for the definition.
 //
-// Wide arrays: time is serial, columns are not; the inner loop over a block of columns vectorises. Narrow ones (few
-// environments, long rollouts) would leave the vector units idle: there everything that does not depend on the
-// recursion is computed for many rows at once, and only one multiply-add a row stays in the chain.
+// Wide arrays: time is serial, columns are not; the inner loop over a block of columns vectorises. Medium ones go in
+// strips whose carries stay in registers. Narrow ones (few environments, long rollouts) would leave the vector units
+// idle: there everything that does not depend on the recursion is computed for many rows at once, and only one
+// multiply-add a row stays in the chain.
 
 #include "../math/returns.h"
 #include "kernels.h"
@@ -11,11 +12,37 @@
 namespace pywm::cpu::PYWM_ISA {
 namespace {
 
-constexpr int64_t kNarrow = 8;
+constexpr int64_t kNarrow = 8;  // fewer columns than this fill no vector
+constexpr int64_t kWide = 128;  // from here on, walking whole rows serves the memory best
+
+// One row of `n` columns, from `row` on. With a constant n the carries stay in registers.
+template <typename S, bool kMasked>
+inline void gae_row(const GaeArgs<S>& a, int64_t row, int64_t n, S* __restrict carry, S* __restrict advantage,
+                    S* __restrict returns) {
+  const S discount = a.discount, discount_lam = a.discount * a.lam;
+  const S* __restrict reward = a.reward + row;
+  const S* __restrict value = a.value + row;
+  const S* __restrict next_value = a.next_value + row;
+  const uint8_t* __restrict terminated = a.terminated + row;
+  const uint8_t* __restrict truncated = a.truncated + row;
+  const uint8_t* __restrict valid = kMasked ? a.valid + row : nullptr;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const S delta = math::gae_delta(reward[i], value[i], next_value[i], terminated[i] != 0, discount);
+    S x = math::gae_step(delta, carry[i], terminated[i] != 0, truncated[i] != 0, discount_lam);
+    S y = x + value[i];
+    if constexpr (kMasked) {
+      x = math::select(valid[i] != 0, x, S(0));
+      y = math::select(valid[i] != 0, y, value[i]);
+    }
+    carry[i] = x;
+    advantage[i] = x;
+    returns[i] = y;
+  }
+}
 
 template <typename S, bool kMasked>
 void wide(const GaeArgs<S>& a, int64_t begin, int64_t end) {
-  const S discount = a.discount, discount_lam = a.discount * a.lam;
   const bool stream = a.T * a.N * int64_t(5 * sizeof(S) + 2) > kStreamBytes;
   OutRow<S> advantage_out(a.advantage, stream), returns_out(a.returns, stream);
   alignas(64) S carry[kBlock];
@@ -24,32 +51,32 @@ void wide(const GaeArgs<S>& a, int64_t begin, int64_t end) {
     fill(carry, n, S(0));
     for (int64_t t = a.T - 1; t >= 0; --t) {
       const int64_t row = t * a.N + first;
-      const S* __restrict reward = a.reward + row;
-      const S* __restrict value = a.value + row;
-      const S* __restrict next_value = a.next_value + row;
-      const uint8_t* __restrict terminated = a.terminated + row;
-      const uint8_t* __restrict truncated = a.truncated + row;
-      const uint8_t* __restrict valid = kMasked ? a.valid + row : nullptr;
-      S* __restrict advantage = advantage_out.row(row);
-      S* __restrict returns = returns_out.row(row);
-#pragma GCC ivdep
-      for (int64_t i = 0; i < n; ++i) {
-        const S delta = math::gae_delta(reward[i], value[i], next_value[i], terminated[i] != 0, discount);
-        S x = math::gae_step(delta, carry[i], terminated[i] != 0, truncated[i] != 0, discount_lam);
-        S y = x + value[i];
-        if constexpr (kMasked) {
-          x = math::select(valid[i] != 0, x, S(0));
-          y = math::select(valid[i] != 0, y, value[i]);
-        }
-        carry[i] = x;
-        advantage[i] = x;
-        returns[i] = y;
-      }
+      gae_row<S, kMasked>(a, row, n, carry, advantage_out.row(row), returns_out.row(row));
       advantage_out.done(row, n);
       returns_out.done(row, n);
     }
   }
   if (stream) stream_fence();
+}
+
+// Few columns: what a row costs beside its columns would dominate, so go down the time axis in strips of fixed width.
+template <typename S, bool kMasked, int kColumns>
+void strips(const GaeArgs<S>& a, int64_t& first, int64_t end) {
+  for (; first + kColumns <= end; first += kColumns) {
+    S carry[kColumns] = {};
+    for (int64_t t = a.T - 1; t >= 0; --t) {
+      const int64_t row = t * a.N + first;
+      gae_row<S, kMasked>(a, row, kColumns, carry, a.advantage + row, a.returns + row);
+    }
+  }
+}
+
+template <typename S, bool kMasked>
+void medium(const GaeArgs<S>& a, int64_t begin, int64_t end) {
+  strips<S, kMasked, 32>(a, begin, end);
+  strips<S, kMasked, 16>(a, begin, end);
+  strips<S, kMasked, 8>(a, begin, end);
+  if (begin < end) wide<S, kMasked>(a, begin, end);
 }
 
 template <typename S, bool kMasked>
@@ -83,7 +110,8 @@ void narrow(const GaeArgs<S>& a) {
     for (int64_t column = 0; column < N; ++column) {
       S x = carry[column];
       for (int64_t i = n - N + column; i >= 0; i -= N) {
-        // A rare, well predicted branch: a select would lengthen the chain, and 0·NaN must not leak across an end.
+        // A rare, well predicted branch: a select would lengthen the chain, and
+        // 0·NaN must not leak across an end.
         if (__builtin_expect(decay[i] == S(0), 0))
           x = delta[i];
         else
@@ -140,6 +168,7 @@ void backward(const GaeBackwardArgs<S>& a, int64_t begin, int64_t end) {
 template <typename S>
 void gae_range(const GaeArgs<S>& a, int64_t begin, int64_t end) {
   if (a.N < kNarrow) return a.valid ? narrow<S, true>(a) : narrow<S, false>(a);
+  if (a.N < kWide) return a.valid ? medium<S, true>(a, begin, end) : medium<S, false>(a, begin, end);
   a.valid ? wide<S, true>(a, begin, end) : wide<S, false>(a, begin, end);
 }
 
