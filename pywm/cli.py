@@ -406,7 +406,7 @@ class _CheckEnv:
 
 def _check_env(argv: list[str]) -> int:
     arguments = _parse(_CheckEnv, "pywm check-env", argv)
-    from pywm.envs.checks import check_env
+    from pywm.envs import check_env
 
     report = check_env(arguments.env)
     _out(str(report))
