@@ -220,7 +220,7 @@ def run_program(program: Path, arguments: Sequence[str], mode: Mode, *, timeout:
     return _run(command, _environment(mode), timeout)
 
 
-def run_python(arguments: Sequence[str], mode: Mode, *, timeout: float = 280) -> Outcome:
+def run_python(arguments: Sequence[str], mode: Mode, *, timeout: float = 900) -> Outcome:
     """Run a Python script that loads a shared library built in this mode."""
     command = [*_prefix(mode.name), sys.executable, *arguments]
     return _run(command, _environment(mode, preload=True), timeout)
