@@ -51,7 +51,19 @@ void wide(const GaeArgs<S>& a, int64_t begin, int64_t end) {
     fill(carry, n, S(0));
     for (int64_t t = a.T - 1; t >= 0; --t) {
       const int64_t row = t * a.N + first;
-      gae_row<S, kMasked>(a, row, n, carry, advantage_out.row(row), returns_out.row(row));
+      S *advantage = advantage_out.row(row), *returns = returns_out.row(row);
+      over_row(n, stream && t > 0, [&](int64_t i, int64_t count, bool fetches) {
+        if (fetches) {
+          const int64_t ahead = row - a.N + i;
+          fetch(a.reward + ahead);
+          fetch(a.value + ahead);
+          fetch(a.next_value + ahead);
+          fetch(a.terminated + ahead);
+          fetch(a.truncated + ahead);
+          if (kMasked) fetch(a.valid + ahead);
+        }
+        gae_row<S, kMasked>(a, row + i, count, carry + i, advantage + i, returns + i);
+      });
       advantage_out.done(row, n);
       returns_out.done(row, n);
     }
@@ -128,9 +140,28 @@ void narrow(const GaeArgs<S>& a) {
   }
 }
 
+// `n` columns of a row, from where the pointers point on.
+template <typename S, bool kMasked>
+inline void backward_row(const GaeBackwardArgs<S>& a, int64_t row, int64_t n, const S* __restrict grad_advantage,
+                         const S* __restrict grad_returns, S* __restrict carry, S* __restrict grad_reward,
+                         S* __restrict grad_value, S* __restrict grad_next_value) {
+  const S discount = a.discount, discount_lam = a.discount * a.lam;
+  const uint8_t* __restrict terminated = a.terminated + row;
+  const uint8_t* __restrict truncated = a.truncated + row;
+  const uint8_t* __restrict valid = kMasked ? a.valid + row : nullptr;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const auto g = math::gae_grad(grad_advantage[i], grad_returns[i], carry[i], terminated[i] != 0, truncated[i] != 0,
+                                  !kMasked || valid[i] != 0, discount, discount_lam);
+    carry[i] = g.carry;
+    grad_reward[i] = g.reward;
+    grad_value[i] = g.value;
+    grad_next_value[i] = g.next_value;
+  }
+}
+
 template <typename S, bool kMasked>
 void backward(const GaeBackwardArgs<S>& a, int64_t begin, int64_t end) {
-  const S discount = a.discount, discount_lam = a.discount * a.lam;
   const bool stream = a.T * a.N * int64_t(5 * sizeof(S) + 2) > kStreamBytes;
   const InRow<S> grad_advantage_in(a.grad_advantage), grad_returns_in(a.grad_returns);
   OutRow<S> reward_out(a.grad_reward, stream), value_out(a.grad_value, stream), next_out(a.grad_next_value, stream);
@@ -140,23 +171,20 @@ void backward(const GaeBackwardArgs<S>& a, int64_t begin, int64_t end) {
     fill(carry, n, S(0));
     for (int64_t t = 0; t < a.T; ++t) {
       const int64_t row = t * a.N + first;
-      const S* __restrict grad_advantage = grad_advantage_in.row(row);
-      const S* __restrict grad_returns = grad_returns_in.row(row);
-      const uint8_t* __restrict terminated = a.terminated + row;
-      const uint8_t* __restrict truncated = a.truncated + row;
-      const uint8_t* __restrict valid = kMasked ? a.valid + row : nullptr;
-      S* __restrict grad_reward = reward_out.row(row);
-      S* __restrict grad_value = value_out.row(row);
-      S* __restrict grad_next_value = next_out.row(row);
-#pragma GCC ivdep
-      for (int64_t i = 0; i < n; ++i) {
-        const auto g = math::gae_grad(grad_advantage[i], grad_returns[i], carry[i], terminated[i] != 0,
-                                      truncated[i] != 0, !kMasked || valid[i] != 0, discount, discount_lam);
-        carry[i] = g.carry;
-        grad_reward[i] = g.reward;
-        grad_value[i] = g.value;
-        grad_next_value[i] = g.next_value;
-      }
+      const S *grad_advantage = grad_advantage_in.row(row), *grad_returns = grad_returns_in.row(row);
+      S *grad_reward = reward_out.row(row), *grad_value = value_out.row(row), *grad_next_value = next_out.row(row);
+      over_row(n, stream && t + 1 < a.T, [&](int64_t i, int64_t count, bool fetches) {
+        if (fetches) {
+          const int64_t ahead = row + a.N + i;
+          grad_advantage_in.fetch_ahead(ahead);
+          grad_returns_in.fetch_ahead(ahead);
+          fetch(a.terminated + ahead);
+          fetch(a.truncated + ahead);
+          if (kMasked) fetch(a.valid + ahead);
+        }
+        backward_row<S, kMasked>(a, row + i, count, grad_advantage + i, grad_returns + i, carry + i, grad_reward + i,
+                                 grad_value + i, grad_next_value + i);
+      });
       reward_out.done(row, n);
       value_out.done(row, n);
       next_out.done(row, n);

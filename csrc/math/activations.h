@@ -53,7 +53,6 @@ PYWM_HD float tanh(float x) {
 
 #endif
 
-PYWM_HD double expm1_within(double x) { return ::expm1(x); }
 PYWM_HD double tanh(double x) { return ::tanh(x); }
 
 template <typename S>
@@ -77,11 +76,13 @@ PYWM_HD S silu_slope(S x) {
   return s * (S(1) + x * (S(1) - s));
 }
 
-template <typename S>
-PYWM_HD S elu(S x) {
-  const S bounded = x < S(-18) ? S(-18) : (x > S(0) ? S(0) : x);
-  return x > S(0) ? x : expm1_within(bounded);
+PYWM_HD float elu(float x) {
+  // Below -18 the result is -1 in float.
+  const float bounded = x < -18.f ? -18.f : (x > 0.f ? 0.f : x);
+  return x > 0.f ? x : expm1_within(bounded);
 }
+PYWM_HD double elu(double x) { return x > 0 ? x : ::expm1(x); }
+
 template <typename S>
 PYWM_HD S elu_grad(S grad, S y) {
   return y > S(0) ? grad : grad * (y + S(1));

@@ -88,7 +88,8 @@ def vtrace(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pywm.ops.vtrace`."""
     ratio = log_ratio.detach().exp()
-    rho, c = ratio.clamp(max=rho_clip), lam * ratio.clamp(max=c_clip)
+    largest = torch.finfo(ratio.dtype).max  # torch refuses bounds that the dtype cannot hold
+    rho, c = ratio.clamp(max=min(rho_clip, largest)), lam * ratio.clamp(max=min(c_clip, largest))
     truncated = truncated != 0
     delta = rho * (reward + discount * next_value - value)
     next_y = torch.zeros_like(reward[0])
@@ -117,7 +118,10 @@ def ppo_loss(
     normalize_advantage: bool,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pywm.ops.ppo_loss`. Returns the loss and the five statistics stacked, ``[5]``."""
-    old_log_prob, advantage, returns = old_log_prob.detach(), advantage.detach(), returns.detach()
+    action, old_log_prob = action.detach(), old_log_prob.detach()
+    advantage, returns = advantage.detach(), returns.detach()
+    largest = torch.finfo(value.dtype).max  # torch refuses bounds that the dtype cannot hold
+    clip, value_clip = min(clip, largest), value_clip if value_clip is None else min(value_clip, largest)
     valid = torch.ones_like(advantage, dtype=torch.bool) if valid is None else valid != 0
     count = valid.sum()
 

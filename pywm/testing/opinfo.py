@@ -258,8 +258,8 @@ def _mlp(activation: str) -> Callable[..., Sample]:
         tensors: dict[str, Tensor | None] = {"x": torch.randn(shape, generator=g, dtype=dtype)}
         for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
             weight = torch.randn(outputs, inputs, generator=g, dtype=dtype)
-            tensors[f"weight{i}"] = weight / max(inputs, 1) ** 0.5
-            tensors[f"bias{i}"] = 0.3 * torch.randn(outputs, generator=g, dtype=dtype)
+            tensors[f"weights[{i}]"] = weight / max(inputs, 1) ** 0.5
+            tensors[f"biases[{i}]"] = 0.3 * torch.randn(outputs, generator=g, dtype=dtype)
         return Sample(tensors, {"activation": activation})
 
     return build
@@ -374,7 +374,7 @@ OPS: tuple[OpInfo, ...] = (
         call=_mlp_call,
         variants={"plain": _mlp("tanh"), "silu": _mlp("silu"), "elu": _mlp("elu"), "relu": _mlp("relu")},
         outputs=("y",),
-        differentiable=("x", "weight0", "bias0", "weight1", "bias1", "weight2", "bias2"),
+        differentiable=("x", *(f"{kind}[{i}]" for i in range(3) for kind in ("weights", "biases"))),
         kernels=("mlp", "mlp_backward"),
         shapes=((5, 3), (1, 1), (16, 1), (1, 257), (0, 15), (64, 129), (4, 7, 33), (3,)),
         bench_shapes={"act": (8, 4), "minibatch": (256, 4), "rollout": (2048, 17)},

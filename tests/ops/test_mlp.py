@@ -242,6 +242,15 @@ def test_infinite_activations_saturate():
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_double_activations_equal_torch_for_every_size_of_argument(activation):
+    x = torch.cat([torch.logspace(-30, 2.8, 4000, dtype=torch.float64), torch.linspace(0, 60, 4000).double()])
+    x = torch.cat([x, -x])[:, None]
+    layers = [torch.ones(1, 1).double()] * 2, [torch.zeros(1).double()] * 2
+    got, want = (fn(x, *layers, activation=activation) for fn in (mlp, exactly))
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_are_accurate_for_every_size_of_argument(activation):
     """1 x 1 layers with weight 1 and bias 0 leave the activation alone."""
     x = torch.cat([torch.logspace(-30, 2, 40000), torch.linspace(0, 12, 40000)])
