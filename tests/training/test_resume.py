@@ -161,7 +161,8 @@ def test_evaluating_and_showing_do_not_change_what_is_learned(
         assert files[0][name] == files[1][name]
     rows = read_metrics(run / "metrics.jsonl")
     assert [r["env_steps"] for r in rows if "eval/return_mean" in r] == list(range(16, 168, 16))
-    assert list((run / "tb").iterdir())
+    if "--tensorboard" in more:
+        assert list((run / "tb").iterdir())
 
 
 # Signals.
