@@ -216,9 +216,16 @@ class Call {
   // Whether a tensor that was looked at wants a gradient, and grad mode is on.
   bool wants_gradients() const { return wants_grad_ && is_true(PyObject_CallNoArgs(torch.is_grad_enabled)); }
 
-  // After all inputs: whether autograd would want to see this call.
-  void refuse_gradients() {
-    if (ok_ && !direct_ && wants_gradients()) refuse();
+  // After all inputs: what to return instead of an answer. None sends the call to the checks; NotImplemented says that
+  // all is well, but that gradients are wanted.
+  bool declines(py::object& answer) const {
+    if (!ok_)
+      answer = py::none();
+    else if (!direct_ && wants_gradients())
+      answer = py::reinterpret_borrow<py::object>(Py_NotImplemented);
+    else
+      return false;
+    return true;
   }
 
   // Outputs. torch.empty_like is looked up each time, so that whoever replaces it (a test that poisons) is obeyed.
@@ -370,8 +377,9 @@ py::object gae(py::handle reward, py::handle value, py::handle next_value, py::h
   const uint8_t* tr = call.mask(truncated);
   const uint8_t* ok = call.optional_mask(valid);
   const double g = call.number(discount, 0, 1), l = call.number(lam, 0, 1);
-  call.refuse_gradients();
-  if (!call.ok() || call.size(0) < 1) return py::none();
+  py::object answer;
+  if (call.ok() && call.size(0) < 1) call.refuse();
+  if (call.declines(answer)) return answer;
   void *advantage_data = nullptr, *returns_data = nullptr;
   py::object advantage = call.like_first(advantage_data), returns = call.like_first(returns_data);
   if (!call.ok()) return py::none();
@@ -429,8 +437,9 @@ py::object lambda_return(py::handle reward, py::handle discount, py::handle next
   const void* rows = call.optional_floats(lam_rows);
   const uint8_t* ok = call.optional_mask(valid);
   const double l = call.number(lam, 0, 1);
-  call.refuse_gradients();
-  if (!call.ok() || call.size(0) < 1) return py::none();
+  py::object answer;
+  if (call.ok() && call.size(0) < 1) call.refuse();
+  if (call.declines(answer)) return answer;
   void* returns_data = nullptr;
   py::object returns = call.like_first(returns_data);
   if (!call.ok()) return py::none();
@@ -476,8 +485,9 @@ py::object discounted_return(py::handle reward, py::handle discount, py::handle 
   const void* r = call.first(reward, 2);
   const void* d = call.floats(discount);
   const void* b = call.ok() ? call.column(bootstrap) : nullptr;
-  call.refuse_gradients();
-  if (!call.ok() || call.size(0) < 1) return py::none();
+  py::object answer;
+  if (call.ok() && call.size(0) < 1) call.refuse();
+  if (call.declines(answer)) return answer;
   void* returns_data = nullptr;
   py::object returns = call.like_first(returns_data);
   if (!call.ok()) return py::none();
@@ -525,19 +535,26 @@ void no_cuda_kernel(const char* name) {
   throw std::runtime_error(std::string(name) + ": no CUDA kernel; the reference should have served this call");
 }
 
+// With `keep`, the corrections y too, which the backward pass needs.
 py::object vtrace(py::handle log_ratio, py::handle reward, py::handle discount, py::handle value, py::handle next_value,
-                  py::handle truncated, double lam, double rho_clip, double c_clip) {
-  Call call("vtrace", true);
+                  py::handle truncated, py::handle lam, py::handle rho_clip, py::handle c_clip, bool keep,
+                  bool direct) {
+  Call call("vtrace", direct);
   const void* r = call.first(reward, 2);
   const void* lr = call.floats(log_ratio);
   const void* d = call.floats(discount);
   const void* v = call.floats(value);
   const void* nv = call.floats(next_value);
   const uint8_t* tr = call.mask(truncated);
-  if (!call.ok() || call.size(0) < 1 || call.first().device.type != pywm::abi::kCPU) return py::none();
-  void *target_data, *advantage_data, *y_data;
-  py::object target = call.like_first(target_data), advantage = call.like_first(advantage_data),
-             y = call.like_first(y_data);
+  const double l = call.number(lam, 0, 1), rho = call.number(rho_clip, 0, INFINITY),
+               c = call.number(c_clip, 0, INFINITY);
+  if (call.ok() && (call.size(0) < 1 || rho == 0 || c == 0 || call.first().device.type != pywm::abi::kCPU))
+    call.refuse();
+  py::object answer;
+  if (call.declines(answer)) return answer;
+  void *target_data, *advantage_data, *y_data = nullptr;
+  py::object target = call.like_first(target_data), advantage = call.like_first(advantage_data), y;
+  if (keep) y = call.like_first(y_data);
   if (!call.ok()) return py::none();
   if (call.numel() > 0)
     by_dtype(call, [&]<typename S>() {
@@ -552,12 +569,13 @@ py::object vtrace(py::handle log_ratio, py::handle reward, py::handle discount, 
                                   out<S>(y_data),
                                   call.size(0),
                                   call.size(1),
-                                  S(lam),
-                                  S(rho_clip),
-                                  S(c_clip)};
+                                  S(l),
+                                  S(rho),
+                                  S(c)};
       call.run([&] { pywm::cpu::vtrace(a); }, [&](void*) { no_cuda_kernel("vtrace"); });
     });
-  return py::make_tuple(target, advantage, y);
+  if (keep) return py::make_tuple(target, advantage, y);
+  return py::make_tuple(target, advantage);
 }
 
 py::object vtrace_backward(py::handle grad_target, py::handle grad_advantage, py::handle log_ratio, py::handle discount,
@@ -909,9 +927,9 @@ py::object adam_step_(py::handle param, py::handle grad, py::handle exp_avg, py:
   const double rate = call.number(lr, 0, INFINITY), b1 = call.number(beta1, 0, kBelow1),
                b2 = call.number(beta2, 0, kBelow1), e = call.number(eps, 0, INFINITY);
   const double c = max_grad_norm.is_none() ? -1 : call.number(max_grad_norm, 0, INFINITY);
-  call.refuse_gradients();
-  if (!call.ok() || std::isnan(k) || call.numel() == 0 || call.first().device.type != pywm::abi::kCPU)
-    return py::none();
+  py::object answer;
+  if (call.ok() && (std::isnan(k) || call.numel() == 0 || call.first().device.type != pywm::abi::kCPU)) call.refuse();
+  if (call.declines(answer)) return py::none();
   void* norm_data = nullptr;
   py::object norm = call.empty(param, py::tuple(0), norm_data);
   if (!call.ok()) return py::none();
@@ -972,7 +990,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("discounted_return_backward", &discounted_return_backward, "grad"_a, "discount"_a, "bootstrap"_a, "returns"_a,
         "want_reward"_a, "want_discount"_a, "want_bootstrap"_a);
   m.def("vtrace", &vtrace, "log_ratio"_a, "reward"_a, "discount"_a, "value"_a, "next_value"_a, "truncated"_a, "lam"_a,
-        "rho_clip"_a, "c_clip"_a);
+        "rho_clip"_a, "c_clip"_a, "keep"_a, "direct"_a);
   m.def("vtrace_backward", &vtrace_backward, "grad_target"_a, "grad_advantage"_a, "log_ratio"_a, "discount"_a,
         "next_value"_a, "y"_a, "truncated"_a, "lam"_a, "rho_clip"_a, "c_clip"_a, "want_reward"_a, "want_discount"_a,
         "want_value"_a, "want_next_value"_a);

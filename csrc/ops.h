@@ -74,7 +74,7 @@ template <typename S>
 struct VtraceArgs {
   const S *log_ratio, *reward, *discount, *value, *next_value;
   const uint8_t* truncated;
-  S *target, *advantage, *y;
+  S *target, *advantage, *y;  // y may be null
   int64_t T, N;
   S lam, rho_clip, c_clip;
 };

@@ -149,9 +149,11 @@ def vtrace(
     value: Any,
     next_value: Any,
     truncated: Any,
-    lam: float,
-    rho_clip: float,
-    c_clip: float,
+    lam: Any,
+    rho_clip: Any,
+    c_clip: Any,
+    keep: bool,
+    direct: bool,
 ) -> Any: ...
 def vtrace_backward(
     grad_target: Any,

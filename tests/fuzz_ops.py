@@ -246,7 +246,10 @@ def transposed(case: Case, name: str, x: Tensor) -> bool:
         return False
     new = x.transpose(0, 1)
     case.sample.tensors[name] = new
-    case.note(_shape_verdict(case, name, x, new), name, "transposed")
+    # A class of one group may be too high for another.
+    moved_classes = name == "action" and not x.is_floating_point() and x.shape == new.shape
+    verdict = Verdict.MAYBE if moved_classes else _shape_verdict(case, name, x, new)
+    case.note(verdict, name, "transposed")
     return True
 
 
@@ -789,6 +792,11 @@ def compare(case: Case, outputs: tuple[Tensor, ...]) -> str:
             stack.enter_context(torch.no_grad())
         expected = info.reference(Sample(inputs, dict(case.sample.numbers)))
     rtol, atol = info.tol.get(dtype, (2e-2, 2e-2))
+    advantage = inputs.get("advantage")
+    constant = advantage is not None and advantage.numel() and (advantage == advantage.flatten()[0]).all()
+    if info.name == "ppo_loss" and advantage is not None and constant:
+        # Normalising equal advantages divides rounding errors by 1e-8.
+        atol = max(atol, 1e8 * torch.finfo(dtype).eps * float(advantage.abs().max()))
     pairs = list(zip(info.outputs, outputs, expected, strict=True))
     leaves = {k: x for k, x in leaves.items() if k in info.differentiable}
     got = gradients(outputs, list(leaves.values()))

@@ -1,6 +1,7 @@
 // Chooses the instruction set once, and spreads each kernel over torch's threads.
 
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -113,12 +114,18 @@ PpoMoments moments(const PpoLossCommon<S>& a) {
   PpoMoments result{0, 1, count > 0 ? 1 / count : 0};
   if (!a.options.normalize_advantage || count < 2) return result;
   result.mean = sum / count;
+  // The first mean's rounding error is taken out again: advantages that are all equal become 0, not that error over
+  // 1e-8.
+  double error = 0;
   for (int64_t m = 0; m < a.M; ++m)
     if (!a.valid || a.valid[m]) {
       const double centred = a.advantage[m] - result.mean;
+      error += centred;
       squares += centred * centred;
     }
-  result.scale = 1 / (std::sqrt(squares / (count - 1)) + 1e-8);
+  result.mean += error / count;
+  const double variance = (squares - error * error / count) / (count - 1);
+  result.scale = 1 / (std::sqrt(variance > 0 ? variance : 0) + 1e-8);
   return result;
 }
 
@@ -150,11 +157,19 @@ void ppo_loss(const PpoLossCommon<S>& a, int64_t columns, S* column_sums, const 
     total.entropy += s.entropy;
     total.clipped += s.clipped;
     total.kl += s.kl;
-    if (total.bad_row < 0) total.bad_row = s.bad_row;
+    if (total.bad_row < 0 && s.bad_row >= 0) {
+      total.bad_row = s.bad_row;
+      total.bad_action = s.bad_action;
+      total.bad_classes = s.bad_classes;
+    }
   }
-  if (total.bad_row >= 0)
-    throw std::out_of_range("ppo_loss: action in row " + std::to_string(total.bad_row) +
-                            " is not a class, but 0 <= action < number of classes was expected");
+  if (total.bad_row >= 0) {
+    char message[160];
+    std::snprintf(message, sizeof message, "ppo_loss: action is %lld in row %lld, but 0 <= action < %lld was expected",
+                  static_cast<long long>(total.bad_action), static_cast<long long>(total.bad_row),
+                  static_cast<long long>(total.bad_classes));
+    throw std::out_of_range(message);
+  }
   for (int64_t j = 0; j < columns; ++j) {
     double s = 0;
     for (int64_t b = 0; b < blocks; ++b) s += partial[b * columns + j];
@@ -230,7 +245,10 @@ const char* available_isas() {
   static const std::string names = [] {
     std::string list;
     for (const Isa& isa : kIsas)
-      if (isa.supported()) list += (list.empty() ? "" : " ") + std::string(isa.name);
+      if (isa.supported()) {
+        if (!list.empty()) list += ' ';
+        list += isa.name;
+      }
     return list;
   }();
   return names.c_str();

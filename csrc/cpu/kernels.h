@@ -15,6 +15,7 @@ namespace pywm::cpu {
 struct PpoSums {
   double policy = 0, value = 0, entropy = 0, clipped = 0, kl = 0;
   int64_t bad_row = -1;  // the first row whose action is not a class
+  int64_t bad_action = 0, bad_classes = 0;
 };
 
 // What the loss needs to know of all rows before it looks at one.

@@ -87,7 +87,11 @@ void categorical(const PpoLossCategoricalArgs<S>& a, const PpoMoments& moments, 
       const int64_t A = a.nvec[g];
       actions[g] = a.action[m * a.G + g];
       if (actions[g] < 0 || actions[g] >= A) {
-        if (sums.bad_row < 0) sums.bad_row = m;
+        if (sums.bad_row < 0) {
+          sums.bad_row = m;
+          sums.bad_action = actions[g];
+          sums.bad_classes = A;
+        }
         actions[g] = 0;
       }
       if (grad || A <= kClasses) {

@@ -20,6 +20,7 @@ void weights(const S* log_ratio, int64_t n, S lam, S rho_clip, S c_clip, S* rho,
 
 template <typename S>
 void forward(const VtraceArgs<S>& a, int64_t begin, int64_t end) {
+  OutRow<S> y_out(a.y, false);
   alignas(64) S carry[kBlock], rho[kBlock], c[kBlock];
   for (int64_t first = begin; first < end; first += kBlock) {
     const int64_t n = end - first < kBlock ? end - first : kBlock;
@@ -27,18 +28,23 @@ void forward(const VtraceArgs<S>& a, int64_t begin, int64_t end) {
     for (int64_t t = a.T - 1; t >= 0; --t) {
       const int64_t row = t * a.N + first;
       weights(a.log_ratio + row, n, a.lam, a.rho_clip, a.c_clip, rho, c);
+      const S* __restrict reward = a.reward + row;
+      const S* __restrict discount = a.discount + row;
+      const S* __restrict value = a.value + row;
+      const S* __restrict next_value = a.next_value + row;
+      const uint8_t* __restrict truncated = a.truncated + row;
+      S* __restrict advantage = a.advantage + row;
+      S* __restrict target = a.target + row;
+      S* __restrict ys = y_out.row(row);
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) {
-        const int64_t k = row + i;
-        const bool cut = a.truncated[k] != 0;
+        const bool cut = truncated[i] != 0;
         const S next_y = carry[i];
-        a.advantage[k] =
-            math::vtrace_advantage(rho[i], a.reward[k], a.discount[k], a.value[k], a.next_value[k], cut, next_y);
-        const S y =
-            math::vtrace_correction(rho[i], c[i], a.reward[k], a.discount[k], a.value[k], a.next_value[k], cut, next_y);
+        advantage[i] = math::vtrace_advantage(rho[i], reward[i], discount[i], value[i], next_value[i], cut, next_y);
+        const S y = math::vtrace_correction(rho[i], c[i], reward[i], discount[i], value[i], next_value[i], cut, next_y);
         carry[i] = y;
-        a.y[k] = y;
-        a.target[k] = a.value[k] + y;
+        ys[i] = y;
+        target[i] = value[i] + y;
       }
     }
   }

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
 
 from pywm.ops import _native
 
@@ -36,7 +38,14 @@ def differentiate(
     backward: Callable[..., Any],
     backward_op: str | None = None,
 ) -> None:
-    """Register the backward of op ``name``; differentiating ``backward_op`` raises instead of giving zeros."""
+    """Register the backward of op ``name``; differentiating ``backward_op`` raises instead of giving zeros.
+
+    Args:
+        name: the op.
+        setup_context: saves what the backward pass needs.
+        backward: from the outputs' gradients to the inputs'.
+        backward_op: the op that it calls when somebody may be looking (see :func:`is_watched`).
+    """
     torch.library.register_autograd(f"pywm::{name}", backward, setup_context=setup_context, lib=_library)
     if backward_op is not None:
 
@@ -44,6 +53,40 @@ def differentiate(
             raise RuntimeError(_NOT_TWICE.format(name=name))
 
         torch.library.register_autograd(f"pywm::{backward_op}", second, lib=_library)
+
+
+def eager(
+    kernel: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Make the op with its gradient, past the dispatcher, whose bookkeeping takes longer than many a kernel.
+
+    For inputs that the binding found plain. Takes what :func:`define` and :func:`differentiate` take.
+    """
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = kernel(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return backward(ctx, *grads)
+
+    return Eager.apply
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work; only the references know their tensors."""
+    return forward_ad._current_level >= 0 or _are_functorch_transforms_active()
+
+
+def is_watched(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through the dispatcher: somebody traces it, batches it, or will differentiate it."""
+    if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() or _are_functorch_transforms_active():
+        return True
+    return any(x is not None and type(x) is not Tensor for x in tensors)
 
 
 _NOT_TWICE = "pywm.{name} is differentiable once, not twice; use pywm.ops.reference for second derivatives"

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from pywm.ops import _check, _native, reference
 from pywm.ops._registry import (
     define,
     differentiate,
+    eager,
     empty_if,
     empty_like,
     gradients,
     in_float32,
+    is_transformed,
+    is_watched,
     plain,
     served,
 )
@@ -46,14 +51,16 @@ def discounted_return(reward: Tensor, discount: Tensor, bootstrap: Tensor) -> Te
     Source:
         Sutton and Barto (2018), eq. 3.8.
     """
-    if not is_compiling() and not _native.is_disabled():
+    if not is_compiling() and not _native.is_disabled() and forward_ad._current_level < 0:
         result = _entry(reward, discount, bootstrap, False)
+        if result is NotImplemented:
+            return _eager(reward, discount, bootstrap)  # type: ignore[no-any-return]
         if result is not None:
             return result  # type: ignore[no-any-return]
     _check.scan(
         "discounted_return", {"reward": reward, "discount": discount}, columns={"bootstrap": bootstrap}
     )
-    if not _native.supports(reward):
+    if is_transformed() or not _native.supports(reward):
         return in_float32(reference.discounted_return, reward, discount, bootstrap)  # type: ignore[no-any-return]
     return torch.ops.pywm.discounted_return(reward, discount, bootstrap)  # type: ignore[no-any-return]
 
@@ -82,7 +89,8 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _autograd(ctx: Any, grad: Tensor) -> Any:
     wanted = list(ctx.needs_input_grad)
-    return gradients(wanted, torch.ops.pywm.discounted_return_backward(grad, *ctx.saved_tensors, wanted))
+    run: Callable[..., Any] = torch.ops.pywm.discounted_return_backward if is_watched(grad) else _backward
+    return gradients(wanted, run(grad, *ctx.saved_tensors, wanted))
 
 
 define("discounted_return(Tensor reward, Tensor discount, Tensor bootstrap) -> Tensor", _fake, _forward)
@@ -93,3 +101,4 @@ define(
     _backward,
 )
 differentiate("discounted_return", _setup_context, _autograd, "discounted_return_backward")
+_eager = eager(_forward, _setup_context, _autograd)

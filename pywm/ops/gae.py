@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from pywm.ops import _check, _native, reference
 from pywm.ops._registry import (
     define,
     differentiate,
+    eager,
     empty_if,
     empty_like,
     gradients,
     in_float32,
+    is_transformed,
+    is_watched,
     plain,
     plain_mask,
     plain_optional,
@@ -83,8 +88,10 @@ def gae(
     Source:
         Schulman et al. (2016), eq. 16; truncation as in Pardo et al. (2018).
     """
-    if not is_compiling() and not _native.is_disabled():
+    if not is_compiling() and not _native.is_disabled() and forward_ad._current_level < 0:
         result = _entry(reward, value, next_value, terminated, truncated, valid, discount, lam, False)
+        if result is NotImplemented:
+            return GAE(*_eager(reward, value, next_value, terminated, truncated, valid, discount, lam))
         if result is not None:
             return result  # type: ignore[no-any-return]
     _check.scan(
@@ -96,7 +103,7 @@ def gae(
     discount = _check.number("gae", "discount", discount, high=1)
     lam = _check.number("gae", "lam", lam, high=1)
     arguments = (reward, value, next_value, terminated, truncated, valid, discount, lam)
-    if not _native.supports(reward):
+    if is_transformed() or not _native.supports(reward):
         return GAE(*in_float32(reference.gae, *arguments))
     return GAE(*torch.ops.pywm.gae(*arguments))
 
@@ -132,9 +139,10 @@ def _autograd(ctx: Any, grad_advantage: Tensor | None, grad_returns: Tensor | No
     if like is None:
         return (None,) * 8
     wanted = list(ctx.needs_input_grad[:3])
-    grads = torch.ops.pywm.gae_backward(
-        like, grad_advantage, grad_returns, *ctx.saved_tensors, ctx.discount, ctx.lam, wanted
+    run: Callable[..., Any] = (
+        torch.ops.pywm.gae_backward if is_watched(grad_advantage, grad_returns) else _backward
     )
+    grads = run(like, grad_advantage, grad_returns, *ctx.saved_tensors, ctx.discount, ctx.lam, wanted)
     return *gradients(wanted, grads), None, None, None, None, None
 
 
@@ -151,3 +159,4 @@ define(
     _backward,
 )
 differentiate("gae", _setup_context, _autograd, "gae_backward")
+_eager = eager(_forward, _setup_context, _autograd)

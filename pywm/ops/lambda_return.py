@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from pywm.ops import _check, _native, reference
 from pywm.ops._registry import (
     define,
     differentiate,
+    eager,
     empty_if,
     empty_like,
     gradients,
     in_float32,
+    is_transformed,
+    is_watched,
     plain,
     plain_mask,
     plain_optional,
@@ -61,8 +66,10 @@ def lambda_return(
         Sutton and Barto (2018), eq. 12.18; Hafner et al. (2020), eq. 6.
     """
     rows, number = (lam, 0.0) if isinstance(lam, Tensor) else (None, lam)
-    if not is_compiling() and not _native.is_disabled():
+    if not is_compiling() and not _native.is_disabled() and forward_ad._current_level < 0:
         result = _entry(reward, discount, next_value, rows, number, valid, False)
+        if result is NotImplemented:
+            return _eager(reward, discount, next_value, rows, number, valid)  # type: ignore[no-any-return]
         if result is not None:
             return result  # type: ignore[no-any-return]
     floats: dict[str, object] = {"reward": reward, "discount": discount, "next_value": next_value}
@@ -70,7 +77,7 @@ def lambda_return(
         floats["lam"] = rows
     _check.scan("lambda_return", floats, optional_masks={"valid": valid})
     number = _check.number("lambda_return", "lam", number, high=1)
-    if not _native.supports(reward):
+    if is_transformed() or not _native.supports(reward):
         mixing = number if rows is None else rows
         return in_float32(reference.lambda_return, reward, discount, next_value, mixing, valid)  # type: ignore[no-any-return]
     rows = None if rows is None else rows.detach()
@@ -104,9 +111,8 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 def _autograd(ctx: Any, grad: Tensor) -> Any:
     discount, next_value, returns, lam_rows, valid = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
-    grads = torch.ops.pywm.lambda_return_backward(
-        grad, discount, next_value, returns, lam_rows, ctx.lam, valid, wanted
-    )
+    run: Callable[..., Any] = torch.ops.pywm.lambda_return_backward if is_watched(grad) else _backward
+    grads = run(grad, discount, next_value, returns, lam_rows, ctx.lam, valid, wanted)
     return *gradients(wanted, grads), None, None, None
 
 
@@ -123,3 +129,4 @@ define(
     _backward,
 )
 differentiate("lambda_return", _setup_context, _autograd, "lambda_return_backward")
+_eager = eager(_forward, _setup_context, _autograd)

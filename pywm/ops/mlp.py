@@ -11,11 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
-from torch.autograd import forward_ad
 
 from pywm.ops import _check, _native, reference
-from pywm.ops._registry import define, differentiate, in_float32, plain, plain_optional, served
+from pywm.ops._registry import (
+    define,
+    differentiate,
+    in_float32,
+    is_transformed,
+    plain,
+    plain_optional,
+    served,
+)
 
 ACTIVATIONS = ("tanh", "silu", "elu", "relu")
 OUTPUT_ACTIVATIONS = ("none", *ACTIVATIONS)
@@ -54,7 +60,7 @@ def mlp(
         TypeError: an argument is not a dense float tensor, dtypes differ, or weights or biases is no list.
         ValueError: a layer does not fit the one before, devices differ, or an activation is unknown.
     """
-    transformed = _are_functorch_transforms_active() or forward_ad._current_level >= 0
+    transformed = is_transformed()
     if not torch.compiler.is_compiling() and not _native.is_disabled() and not transformed:
         result = _entry(x, weights, biases, activation, output_activation, False, False)
         if result is not None:

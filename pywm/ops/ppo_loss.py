@@ -10,11 +10,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from pywm.distributions import Categorical, DiagGaussian, MultiCategorical
 from pywm.ops import _check, _native, reference
-from pywm.ops._registry import define, differentiate, empty_if, plain, plain_mask, plain_optional, served
+from pywm.ops._registry import (
+    define,
+    differentiate,
+    empty_if,
+    is_transformed,
+    plain,
+    plain_mask,
+    plain_optional,
+    served,
+)
 
 
 class PPOStats(NamedTuple):
@@ -126,7 +136,7 @@ def ppo_loss(
         entropy_coef,
         normalize_advantage,
     )
-    if not is_compiling() and not _native.is_disabled():
+    if not is_compiling() and not _native.is_disabled() and forward_ad._current_level < 0:
         result = _fast(dist, action, (old_log_prob, advantage, value, returns, old_value, valid), numbers)
         if result is not None:
             return result
@@ -134,7 +144,7 @@ def ppo_loss(
     constants = (old_log_prob, advantage, value, returns, old_value, valid)
     first = dist.mean if isinstance(dist, DiagGaussian) else dist.logits
     many = isinstance(dist, MultiCategorical) and len(dist.nvec) > _MAX_GROUPS
-    if not _native.supports(first) or value.numel() == 0 or many:
+    if is_transformed() or not _native.supports(first) or value.numel() == 0 or many:
         loss, stats = _reference(
             dist, action, constants, clip, value_clip, value_coef, entropy_coef, normalize_advantage
         )

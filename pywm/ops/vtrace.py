@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from pywm.ops import _check, _native, reference
 from pywm.ops._registry import (
     define,
     differentiate,
+    eager,
     empty_if,
     empty_like,
     gradients,
     in_float32,
+    is_transformed,
+    is_watched,
     plain,
     plain_mask,
     plain_optional,
@@ -82,6 +88,16 @@ def vtrace(
     Source:
         Espeholt et al. (2018), eq. 1 and remark 1; λ as in their section 4.1's generalisation. Truncation is ours.
     """
+    if not is_compiling() and not _native.is_disabled() and forward_ad._current_level < 0:
+        numbers = lam, rho_clip, c_clip
+        result = _entry(log_ratio, reward, discount, value, next_value, truncated, *numbers, False, False)
+        if result is NotImplemented:
+            target, advantage, _ = _eager(
+                log_ratio.detach(), reward, discount, value, next_value, truncated, *numbers
+            )
+            return VTrace(target, advantage)
+        if result is not None:
+            return VTrace(*result)
     _check.scan(
         "vtrace",
         {
@@ -97,7 +113,7 @@ def vtrace(
     rho_clip = _check.number("vtrace", "rho_clip", rho_clip, exclusive_low=True)
     c_clip = _check.number("vtrace", "c_clip", c_clip, exclusive_low=True)
     arguments = (log_ratio, reward, discount, value, next_value, truncated, lam, rho_clip, c_clip)
-    if not (_native.supports(reward) and reward.device.type == "cpu"):
+    if is_transformed() or not (_native.supports(reward) and reward.device.type == "cpu"):
         return VTrace(*in_float32(reference.vtrace, *arguments))
     target, advantage, _ = torch.ops.pywm.vtrace(log_ratio.detach(), *arguments[1:])
     return VTrace(target, advantage)
@@ -109,7 +125,7 @@ def _fake(log_ratio, reward, discount, value, next_value, truncated, lam, rho_cl
 
 def _forward(log_ratio, reward, discount, value, next_value, truncated, lam, rho_clip, c_clip):  # type: ignore[no-untyped-def]
     floats = plain(log_ratio), plain(reward), plain(discount), plain(value), plain(next_value)
-    return served(_entry(*floats, plain_mask(truncated), lam, rho_clip, c_clip), "vtrace")
+    return served(_entry(*floats, plain_mask(truncated), lam, rho_clip, c_clip, True, True), "vtrace")
 
 
 def _fake_backward(  # type: ignore[no-untyped-def]
@@ -140,9 +156,10 @@ def _autograd(ctx: Any, grad_target: Tensor | None, grad_advantage: Tensor | Non
     if grad_target is None and grad_advantage is None:
         return (None,) * 9
     wanted = list(ctx.needs_input_grad[1:5])
-    grads = torch.ops.pywm.vtrace_backward(
-        grad_target, grad_advantage, *ctx.saved_tensors, *ctx.numbers, wanted
+    run: Callable[..., Any] = (
+        torch.ops.pywm.vtrace_backward if is_watched(grad_target, grad_advantage) else _backward
     )
+    grads = run(grad_target, grad_advantage, *ctx.saved_tensors, *ctx.numbers, wanted)
     return None, *gradients(wanted, grads), None, None, None, None
 
 
@@ -162,3 +179,4 @@ define(
     cuda=False,
 )
 differentiate("vtrace", _setup_context, _autograd, "vtrace_backward")
+_eager = eager(_forward, _setup_context, _autograd)

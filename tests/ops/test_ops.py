@@ -286,13 +286,49 @@ def test_half_precision_runs_the_reference_knowingly(info, dtype):
     torch.testing.assert_close(outputs[0].float(), wide[0], rtol=2e-2, atol=2e-2)
 
 
+# torch's own, when it first differentiates forward
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@cases
+def test_functional_and_forward_mode_derivatives_agree_with_the_backward_pass(info, variant):
+    sample = info.sample(info.shapes[-1], variant, torch.float64, "cpu")
+    names = [k for k in sample.tensors if k in info.differentiable]
+
+    def total(*chosen):
+        changed = dict(zip(names, chosen, strict=True))
+        outputs = info.op(sample.map(lambda k, x: changed.get(k, x)))
+        return sum(x.square().sum() for x in outputs[: info.differentiable_outputs])
+
+    values = tuple(sample.tensors[k] for k in names)
+    tracked = tuple(x.clone().requires_grad_() for x in values)
+    want = torch.autograd.grad(total(*tracked), tracked)
+    got = torch.func.grad(total, argnums=tuple(range(len(names))))(*values)
+    torch.testing.assert_close(got, want)
+    # A tangent that is lost on the way would be taken for zero.
+    directions = tuple(torch.ones_like(x) for x in values)
+    along = sum(g.sum() for g in want)
+    torch.testing.assert_close(torch.func.jvp(total, values, directions)[1], along)
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(x, d) for x, d in zip(values, directions, strict=True)]
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(total(*duals)).tangent, along)
+
+
 @cases
 def test_vmap_and_inference_mode(info, variant):
     sample = info.sample(info.shapes[0], variant)
     with torch.inference_mode():
         inside = info.op(sample)
-    for a, b in zip(inside, info.op(sample), strict=True):
+    outside = info.op(sample)
+    for a, b in zip(inside, outside, strict=True):
         torch.testing.assert_close(a.clone(), b, rtol=0, atol=0)
+    names = [k for k in sample.tensors if k in info.differentiable]
+
+    def call(*chosen):
+        changed = dict(zip(names, chosen, strict=True))
+        return info.op(sample.map(lambda k, x: changed.get(k, x)))[: info.differentiable_outputs]
+
+    twice = torch.vmap(call)(*(torch.stack([sample.tensors[k]] * 2) for k in names))
+    for both, b in zip(twice, outside, strict=False):
+        torch.testing.assert_close(both[1], b)
 
 
 THREADS = """

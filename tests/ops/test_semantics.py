@@ -280,7 +280,9 @@ class TestPPOLoss:
     def test_action_that_is_no_class(self, bad):
         dist, action, *rest = self.frozen()
         action[4] = bad
-        with pytest.raises(ValueError, match=r"ppo_loss: action in row 4 is not a class"):
+        with pytest.raises(
+            ValueError, match=rf"ppo_loss: action is {bad} in row 4, but 0 <= action < 3 was expected"
+        ):
             pywm.ppo_loss(dist, action, *rest)
 
     def test_value_clip_needs_old_value(self):
