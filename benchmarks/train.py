@@ -353,18 +353,22 @@ def main(options: Options) -> None:
         for threads in options.threads:
             for rival in rivals:
                 found.setdefault((rival, threads), []).append(measure(rival, task, threads, repeat))
+                speed = found[rival, threads][-1][0]
+                print(f"{rival}, {threads} threads, seed {repeat}: {speed:.0f} steps/s", flush=True)
     print(f"\nPPO on {task.env}: {task.steps} steps, {task.num_envs} x {task.num_steps}, {task.epochs} epochs of "
           f"{task.batch_size} rows; medians of {options.repeats}, interleaved")  # fmt: skip
     print(f"{'':26} {'threads':>7} {'steps/s':>9} {'range':>15} {'pywm is':>9} {'last return':>12}")
-    best = max(
-        (statistics.median(s for s, _ in runs) for (r, _), runs in found.items() if r == "pywm"), default=0.0
-    )
+    ours = {
+        threads: statistics.median(s for s, _ in runs)
+        for (rival, threads), runs in found.items()
+        if rival == "pywm"
+    }
     rows = []
     for (rival, threads), runs in found.items():
         speeds, scores = [s for s, _ in runs], [score for _, score in runs]
         median = statistics.median(speeds)
         rows.append({"rival": rival, "threads": threads, "steps_per_second": speeds, "returns": scores})
-        ratio = "" if rival == "pywm" else f"{best / median:.2f}x"
+        ratio = f"{ours[threads] / median:.2f}x" if rival != "pywm" and threads in ours else ""
         span = f"{min(speeds):.0f}-{max(speeds):.0f}"
         print(f"{rival:26} {threads:>7} {median:>9.0f} {span:>15} {ratio:>9} {np.mean(scores):>12.1f}")
     if options.json:

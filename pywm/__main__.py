@@ -1,9 +1,5 @@
 """``python -m pywm`` is the command ``pywm``."""
 
-from __future__ import annotations
-
-import sys
-
 from pywm.cli import main
 
-sys.exit(main())
+raise SystemExit(main())

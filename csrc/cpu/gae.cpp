@@ -43,7 +43,8 @@ inline void gae_row(const GaeArgs<S>& a, int64_t row, int64_t n, S* __restrict c
 
 template <typename S, bool kMasked>
 void wide(const GaeArgs<S>& a, int64_t begin, int64_t end) {
-  const bool stream = a.T * a.N * int64_t(5 * sizeof(S) + 2) > kStreamBytes;
+  const int64_t bytes = a.T * a.N * int64_t(5 * sizeof(S) + 2);
+  const bool stream = bytes > kStreamBytes, fetch_ahead = bytes > kFetchBytes;
   OutRow<S> advantage_out(a.advantage, stream), returns_out(a.returns, stream);
   alignas(64) S carry[kBlock];
   for (int64_t first = begin; first < end; first += kBlock) {
@@ -52,7 +53,7 @@ void wide(const GaeArgs<S>& a, int64_t begin, int64_t end) {
     for (int64_t t = a.T - 1; t >= 0; --t) {
       const int64_t row = t * a.N + first;
       S *advantage = advantage_out.row(row), *returns = returns_out.row(row);
-      over_row(n, stream && t > 0, [&](int64_t i, int64_t count, bool fetches) {
+      over_row(n, fetch_ahead && t > 0, [&](int64_t i, int64_t count, bool fetches) {
         if (fetches) {
           const int64_t ahead = row - a.N + i;
           fetch(a.reward + ahead);
@@ -162,7 +163,8 @@ inline void backward_row(const GaeBackwardArgs<S>& a, int64_t row, int64_t n, co
 
 template <typename S, bool kMasked>
 void backward(const GaeBackwardArgs<S>& a, int64_t begin, int64_t end) {
-  const bool stream = a.T * a.N * int64_t(5 * sizeof(S) + 2) > kStreamBytes;
+  const int64_t bytes = a.T * a.N * int64_t(5 * sizeof(S) + 2);
+  const bool stream = bytes > kStreamBytes, fetch_ahead = bytes > kFetchBytes;
   const InRow<S> grad_advantage_in(a.grad_advantage), grad_returns_in(a.grad_returns);
   OutRow<S> reward_out(a.grad_reward, stream), value_out(a.grad_value, stream), next_out(a.grad_next_value, stream);
   alignas(64) S carry[kBlock];
@@ -173,7 +175,7 @@ void backward(const GaeBackwardArgs<S>& a, int64_t begin, int64_t end) {
       const int64_t row = t * a.N + first;
       const S *grad_advantage = grad_advantage_in.row(row), *grad_returns = grad_returns_in.row(row);
       S *grad_reward = reward_out.row(row), *grad_value = value_out.row(row), *grad_next_value = next_out.row(row);
-      over_row(n, stream && t + 1 < a.T, [&](int64_t i, int64_t count, bool fetches) {
+      over_row(n, fetch_ahead && t + 1 < a.T, [&](int64_t i, int64_t count, bool fetches) {
         if (fetches) {
           const int64_t ahead = row + a.N + i;
           grad_advantage_in.fetch_ahead(ahead);

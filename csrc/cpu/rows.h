@@ -16,8 +16,11 @@ constexpr int64_t kBlock = 512;  // columns of a block: 2 KB of float carries
 // Beyond this many bytes the outputs would only push inputs out of the caches: they bypass them.
 constexpr int64_t kStreamBytes = 24 << 20;
 
+// Beyond this many bytes they do not come from a core's own caches.
+constexpr int64_t kFetchBytes = 1 << 20;
+
 // A scan goes from row to row, which hardware prefetchers do not follow beyond a page. Where the arrays come from
-// memory rather than from a cache, these many columns of the next row are fetched while the same columns of this row
+// memory or a shared cache, these many columns of the next row are fetched while the same columns of this row
 // are computed.
 constexpr int64_t kFetch = 32;
 
