@@ -42,6 +42,8 @@ phase_facts() {
 phase_build() {
   rm -rf "$work/pywm" && mkdir -p "$work" &&
     cp -r "$root/pywm" "$work/pywm" && rm -f "$work"/pywm/_C.*.so || return 1
+  # Tests run from there: the directory of the command comes before PYTHONPATH, and the checkout has no such module.
+  rm -rf "$work/tests" && cp -r "$root/tests" "$root/pyproject.toml" "$work" || return 1
   local version
   version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' "$root/pywm/_version.py")
   cmake -S "$root" -B "$work/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DPYWM_CUDA=ON \
@@ -58,14 +60,14 @@ phase_conformance() {
 }
 
 phase_test() {
-  cd "$root" && "${pytest[@]}" --junitxml="$OUT/test.xml" tests/ops -k "cuda"
+  cd "$work" && "${pytest[@]}" --junitxml="$OUT/test.xml" tests/ops -k "cuda"
 }
 
 phase_sanitize() {
   local sanitizer ok=0
   sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
   [ -x "$sanitizer" ] || { echo "compute-sanitizer not found"; return 1; }
-  cd "$root" || return 1
+  cd "$work" || return 1
   for tool in memcheck racecheck initcheck synccheck; do
     echo "== $tool"
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 99 --target-processes all \

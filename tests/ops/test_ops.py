@@ -212,6 +212,34 @@ def test_second_derivative_is_an_error_not_zero(info, variant, device):
 
 
 @cases
+@pytest.mark.parametrize("path", ["eager", "dispatcher"])
+def test_second_derivative_of_a_plain_sum_is_an_error_unless_it_is_zero(info, variant, path, device):
+    """Here the incoming gradient is a constant: only what the backward pass saved can tell that there is more."""
+    skip_without_kernel(info, device)
+    sample = with_grad(info, info.sample(info.shapes[0], variant, torch.float64, device))
+
+    def penalty(op):
+        outputs = op(sample)
+        total = sum(x.sum() for x in outputs[: info.differentiable_outputs])
+        first = torch.autograd.grad(total, leaves(info, sample), create_graph=True)
+        return sum(g.square().sum() for g in first)
+
+    second = penalty(info.reference)
+    curved = second.requires_grad and any(
+        g is not None and bool(g.abs().max() > 1e-12)
+        for g in torch.autograd.grad(second, leaves(info, sample), allow_unused=True)
+    )
+    if not curved:
+        assert info.name in ("gae", "discounted_return", "vtrace"), "only a linear op has no second derivative"
+        return
+    # A mode that watches sends calls through the dispatcher.
+    with Recorder() if path == "dispatcher" else contextlib.nullcontext():
+        got = penalty(info.op)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(got, leaves(info, sample))
+
+
+@cases
 def test_gradients_nobody_needs_are_not_computed(info, variant, device):
     skip_without_kernel(info, device)
     sample = info.sample(info.shapes[5], variant, torch.float32, device)
