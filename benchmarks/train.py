@@ -284,6 +284,7 @@ def run_loop(task: Task, seed: int) -> tuple[float, float]:
 
 
 RIVALS = {"pywm": run_pywm, "stable-baselines3": run_sb3, "loop in CleanRL's style": run_loop}
+NEEDS = {"stable-baselines3": "stable-baselines3"}
 # Replaced one after the other, so that the gain of each is measured with the others' help gone.
 APART = {
     "pywm, PyTorch layers": ("layers",),
@@ -348,6 +349,10 @@ def main(options: Options) -> None:
     if options.steps is not None:
         task = Task(**{**vars(task), "steps": options.steps})
     rivals = ("pywm", *APART) if options.apart else options.rivals
+    for rival, package in NEEDS.items():
+        if rival in rivals and machine.version(package) is None:
+            print(f"{rival}: left out, {package} is not installed (pip install {package})")
+            rivals = tuple(r for r in rivals if r != rival)
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for repeat in range(options.repeats):
         for threads in options.threads:

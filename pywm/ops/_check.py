@@ -7,6 +7,7 @@ serve. Whatever it declines comes here, where a bad call gets its message and a 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -115,12 +116,12 @@ def number(
     exclusive_low: bool = False,
 ) -> float:
     """Check that ``x`` is a real number in [low, high], or (low, high] with ``exclusive_low``."""
-    if isinstance(x, bool) or not isinstance(x, int | float):
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
         raise TypeError(f"{function}: {name} is a {type(x).__name__}, but a number was expected")
     try:
         value, shown = float(x), str(x)
     except OverflowError:
-        value, shown = math.nan, f"an integer of {int(x).bit_length()} bits"
+        value, shown = math.nan, "an integer beyond the range of floats"
     if not ((low < value if exclusive_low else low <= value) and value <= high):
         opening, closing = "(" if exclusive_low else "[", ")" if high == math.inf else "]"
         raise ValueError(

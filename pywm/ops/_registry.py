@@ -83,10 +83,15 @@ def is_transformed() -> bool:
 
 
 def is_watched(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through the dispatcher: somebody traces it, batches it, or will differentiate it."""
-    if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() or _are_functorch_transforms_active():
+    """Whether a backward call must go through the dispatcher: somebody traces it, or will differentiate it."""
+    return torch.is_grad_enabled() or is_traced(*tensors)
+
+
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Whether somebody records or batches the call, so that its tensors may hold no numbers."""
+    if torch._C._len_torch_dispatch_stack() or _are_functorch_transforms_active():
         return True
-    return any(x is not None and type(x) is not Tensor for x in tensors)
+    return any(x is not None and type(x) is not Tensor and type(x) is not torch.nn.Parameter for x in tensors)
 
 
 _NOT_TWICE = "pywm.{name} is differentiable once, not twice; use pywm.ops.reference for second derivatives"

@@ -19,6 +19,7 @@ from pywm.ops._registry import (
     define,
     differentiate,
     empty_if,
+    is_traced,
     is_transformed,
     plain,
     plain_mask,
@@ -145,17 +146,12 @@ def ppo_loss(
     first = dist.mean if isinstance(dist, DiagGaussian) else dist.logits
     many = isinstance(dist, MultiCategorical) and len(dist.nvec) > _MAX_GROUPS
     if is_transformed() or not _native.supports(first) or value.numel() == 0 or many:
+        if not isinstance(dist, DiagGaussian):
+            _check_classes(dist, action, valid)
         loss, stats = _reference(
             dist, action, constants, clip, value_clip, value_coef, entropy_coef, normalize_advantage
         )
         return PPOLoss(loss, PPOStats(*stats.unbind()))
-    numbers = (
-        clip,
-        -1.0 if value_clip is None else value_clip,
-        value_coef,
-        entropy_coef,
-        normalize_advantage,
-    )
     want_value = value.requires_grad
     if isinstance(dist, DiagGaussian):
         want = dist.mean.requires_grad or dist.log_std.requires_grad
@@ -339,6 +335,24 @@ def _check_call(
         _same_shape("valid", valid, rows, first_name, first)
 
 
+def _check_classes(dist: Categorical | MultiCategorical, action: Tensor, valid: Tensor | None) -> None:
+    """Name an action that is no class, as the kernel does; the reference only knows that an index is out of bounds."""
+    if is_compiling() or is_traced(action, dist.logits) or action.device.type != "cpu":
+        return  # nothing to look at, or nobody to wait for it
+    grouped = isinstance(dist, MultiCategorical)
+    classes = torch.tensor(dist.nvec if isinstance(dist, MultiCategorical) else dist.logits.shape[-1])
+    bad = (action < 0) | (action >= classes)
+    if valid is not None:
+        bad &= (valid != 0).unsqueeze(-1) if grouped else valid != 0
+    if bool(bad.any()):
+        first = int(bad.flatten().nonzero()[0])
+        groups = classes.numel()
+        raise ValueError(
+            f"ppo_loss: action is {int(action.flatten()[first])} in row {first // groups}, but 0 <= action < "
+            f"{int(classes.flatten()[first % groups])} was expected"
+        )
+
+
 def _same_shape(name: str, x: Tensor, expected: tuple[int, ...], first_name: str, first: Tensor) -> None:
     if tuple(x.shape) != expected:
         raise ValueError(
@@ -464,8 +478,8 @@ define(
 )
 define(
     "ppo_loss_backward(Tensor grad, Tensor saved, Tensor of) -> Tensor",
-    lambda _, saved, of: torch.empty_like(saved),
-    lambda grad, saved, of: saved * grad,
+    lambda _grad, saved, _of: torch.empty_like(saved),
+    lambda grad, saved, _: saved * grad,
 )
 differentiate("ppo_loss_categorical", _setup_categorical, _autograd_categorical, "ppo_loss_backward")
 differentiate("ppo_loss_gaussian", _setup_gaussian, _autograd_gaussian)

@@ -230,7 +230,9 @@ def test_second_derivative_of_a_plain_sum_is_an_error_unless_it_is_zero(info, va
         for g in torch.autograd.grad(second, leaves(info, sample), allow_unused=True)
     )
     if not curved:
-        assert info.name in ("gae", "discounted_return", "vtrace"), "only a linear op has no second derivative"
+        assert info.name in ("gae", "discounted_return", "vtrace"), (
+            "only a linear op has no second derivative"
+        )
         return
     # A mode that watches sends calls through the dispatcher.
     with Recorder() if path == "dispatcher" else contextlib.nullcontext():

@@ -284,6 +284,24 @@ class TestPPOLoss:
             ValueError, match=rf"ppo_loss: action is {bad} in row 4, but 0 <= action < 3 was expected"
         ):
             pywm.ppo_loss(dist, action, *rest)
+        with (
+            _native.disabled(),
+            pytest.raises(
+                ValueError, match=rf"ppo_loss: action is {bad} in row 4, but 0 <= action < 3 was expected"
+            ),
+        ):
+            pywm.ppo_loss(dist, action, *rest)
+
+    def test_action_that_is_no_class_of_its_group(self):
+        """More groups than the kernel takes: the reference serves."""
+        rows = torch.zeros(5)
+        action = torch.zeros(5, 200, dtype=torch.int64)
+        action[3, 150] = 2
+        dist = MultiCategorical(torch.zeros(5, 400), (2,) * 200)
+        with pytest.raises(ValueError, match=r"action is 2 in row 3, but 0 <= action < 2 was expected"):
+            pywm.ppo_loss(dist, action, rows, rows, rows, rows)
+        valid = torch.tensor([True, True, True, False, True])
+        assert pywm.ppo_loss(dist, action, rows, rows, rows, rows, valid=valid).loss.isfinite()
 
     def test_value_clip_needs_old_value(self):
         with pytest.raises(ValueError, match=r"old_value is None, but value_clip needs it"):
