@@ -12,10 +12,13 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
+import typing
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -130,8 +133,8 @@ def _given(argv: list[str]) -> _Given:
             value = argv[i + 1]
         if name in ("--preset", "--run-dir", "--runs") and value:
             setattr(given, name[2:].replace("-", "_"), value)
-        elif name == "--seed" and value.lstrip("-").replace("_", "").isdigit():
-            given.seed = int(value)
+        elif name == "--seed" and _integer(value).lstrip("-").replace("_", "").isdigit():
+            given.seed = int(_integer(value))
         elif name == "--resume":
             given.resume = True
     return given
@@ -228,8 +231,32 @@ def _parse_train(argv: list[str], given: _Given, base: Any, options: Any) -> tup
             ("run", Annotated[RunOptions, flat], dataclasses.field(default_factory=lambda: options)),
         ],
     )
-    parsed: Any = tyro.cli(arguments, args=argv, prog="pywm train", description=f"Train {given.algo}.")
+    words = _spell_out(argv, type(base), RunOptions)
+    parsed: Any = tyro.cli(arguments, args=words, prog="pywm train", description=f"Train {given.algo}.")
     return parsed.config, parsed.run, parsed.device
+
+
+def _spell_out(argv: list[str], *classes: type) -> list[str]:
+    """Write 1e6 as 1000000 behind the flags of integer fields: tyro reads nothing else there."""
+    hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
+    integers = {name for name, hint in hints.items() if hint is int or int in typing.get_args(hint)}
+    words, wanted = [], False
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if word.startswith("--"):
+            wanted = flag[2:].replace("-", "_") in integers
+            words.append(f"{flag}={_integer(value)}" if wanted and equals else word)
+        else:
+            words.append(_integer(word) if wanted else word)
+    return words
+
+
+def _integer(text: str) -> str:
+    """Spell out an integer like 1e6; anything else stays as it is, for others to judge."""
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?[eE]\+?[0-9]{1,2}", text):
+        return text
+    value = Decimal(text)  # exact, where a float is not always
+    return str(int(value)) if value == value.to_integral_value() else text
 
 
 _PRESET_HELP = "settings made for a family of environments; by default the one that suits ENV"
@@ -259,6 +286,7 @@ def _run_training(
 ) -> int:
     from pywm.config import to_json
     from pywm.envs import make
+    from pywm.ops import backend
     from pywm.training.run import Run
 
     env = given.env
@@ -267,6 +295,9 @@ def _run_training(
     make(env, 1, max_episode_steps=getattr(config, "max_episode_steps", None)).close()
     log.info("%s on %s, seed %d, %s", given.algo, env, config.seed, device)
     log.info("%s", note)
+    served = backend().get(device.partition(":")[0])
+    if served is not None and served.name == "reference":
+        log.warning("compiled kernels are not used: %s", served.why)
     with Run.open(
         options,
         algo=given.algo,
@@ -316,12 +347,19 @@ def _eval(argv: list[str]) -> int:
     from pywm.training.evaluate import EVAL_SEED, evaluate
 
     arguments = _parse(_Eval, "pywm eval", argv)
-    if arguments.episodes < 1:
-        raise UserError(f"eval: episodes is {arguments.episodes}, but expected 1 or more")
+    for name in ("episodes", "num_envs"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"eval: {name} is {getattr(arguments, name)}, but expected 1 or more")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**31:
+        raise UserError(f"eval: seed is {arguments.seed}, but expected a number in [0, {2**31 - 1}]")
     filming = arguments.gif or arguments.video
+    if arguments.gif:
+        report.check_film("gif", arguments.gif)
+    if arguments.video:
+        report.check_film("video", arguments.video)
     agent, envs = algos.load(
         arguments.run,
-        num_envs=max(1, min(arguments.num_envs, arguments.episodes)),
+        num_envs=min(arguments.num_envs, arguments.episodes),
         which=arguments.checkpoint,
         device=_device(arguments.device),
         render_mode="rgb_array" if filming else None,
@@ -343,10 +381,13 @@ def _eval(argv: list[str]) -> int:
     if filming and not frames:
         raise UserError(f"eval: {envs.name} gave no picture to render")
     written = {}
-    if arguments.gif:
-        written["gif"] = str(report.write_gif(frames or [], arguments.gif))
-    if arguments.video:
-        written["video"] = str(report.write_video(frames or [], arguments.video))
+    try:
+        if arguments.gif:
+            written["gif"] = str(report.write_gif(frames or [], arguments.gif))
+        if arguments.video:
+            written["video"] = str(report.write_video(frames or [], arguments.video))
+    except OSError as error:
+        raise UserError(f"eval: cannot write the film: {error}") from error
     about = read_run(arguments.run)
     if arguments.json:
         summary = {
@@ -551,7 +592,7 @@ def _doctor(argv: list[str]) -> int:
 def _parse(cls: type, prog: str, argv: list[str]) -> Any:
     import tyro
 
-    return tyro.cli(cls, args=argv, prog=prog, config=(tyro.conf.PositionalRequiredArgs,))
+    return tyro.cli(cls, args=_spell_out(argv, cls), prog=prog, config=(tyro.conf.PositionalRequiredArgs,))
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import fnmatch
@@ -9,11 +10,22 @@ import math
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, TypeVar, Union
 
 from pywm.errors import UserError
 
-__all__ = ["Change", "Preset", "check_resume", "diff", "from_json", "suggest", "table", "to_json"]
+__all__ = [
+    "Change",
+    "Preset",
+    "check_fields",
+    "check_resume",
+    "diff",
+    "from_json",
+    "suggest",
+    "table",
+    "to_json",
+]
 
 T = TypeVar("T")
 
@@ -76,20 +88,43 @@ def from_json(cls: type[T], data: Mapping[str, Any], *, name: str = "") -> T:
     Raises:
         UserError: a key is unknown (with a suggestion) or a value has the wrong type.
     """
-    name = name or cls.__name__
+    return _build(cls, data, f"from_json: {name or cls.__name__}")
+
+
+def check_fields(config: Any, name: str) -> None:
+    """Check every field of a dataclass against its annotation; for its ``__post_init__``, frozen or not.
+
+    What fits without loss is taken as annotated: an int where a float is expected, NumPy's numbers, a list for a
+    tuple.
+
+    Args:
+        config: a dataclass instance.
+        name: what to call it in messages, like ``"ppo.Config"``.
+
+    Raises:
+        UserError: a value has the wrong type or is none of the permitted ones; the message names the field.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        if field.init:
+            value = _decode(hints[field.name], getattr(config, field.name), f"{name}: {field.name}")
+            object.__setattr__(config, field.name, value)
+
+
+def _build(cls: type[T], data: Any, name: str) -> T:
     if not isinstance(data, Mapping):
-        raise UserError(f"from_json: {name} is {_show(data)}, but expected a JSON object")
+        raise UserError(f"{name} is {_show(data)}, but expected a JSON object")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     values = {}
     for key, value in data.items():
         if key not in fields:
-            raise UserError(f"from_json: {name} has no field {key!r}.{suggest(str(key), fields)}")
+            raise UserError(f"{name} has no field {key!r}.{suggest(str(key), fields)}")
         values[key] = _decode(hints[key], value, f"{name}.{key}")
     try:
         return cls(**values)
     except TypeError as error:  # a field without a default is missing
-        raise UserError(f"from_json: {name}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
 
 
 def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
@@ -167,15 +202,15 @@ def _decode(hint: Any, value: Any, name: str) -> Any:
             if option == value and type(option) is type(value):
                 return option
         options = ", ".join(map(_show, args))
-        raise UserError(f"from_json: {name} is {_show(value)}, but expected one of {options}")
+        raise UserError(f"{name} is {_show(value)}, but expected one of {options}")
     if dataclasses.is_dataclass(hint):
-        return from_json(hint, value, name=name)  # type: ignore[arg-type]
+        return value if isinstance(value, hint) else _build(hint, value, name)  # type: ignore[arg-type]
     container = origin or hint
     if container in (tuple, list):
         return _decode_sequence(container, args, value, name)
     if container in (dict, Mapping) or origin is Mapping or getattr(origin, "__name__", "") == "Mapping":
         if not isinstance(value, Mapping):
-            raise UserError(f"from_json: {name} is {_show(value)}, but expected a JSON object")
+            raise UserError(f"{name} is {_show(value)}, but expected a JSON object")
         item = args[1] if len(args) == 2 else Any
         return {key: _decode(item, entry, f"{name}.{key}") for key, entry in value.items()}
     return _decode_scalar(hint, value, name)
@@ -196,10 +231,10 @@ def _decode_union(options: tuple[Any, ...], value: Any, name: str) -> Any:
 
 def _decode_sequence(container: type, args: tuple[Any, ...], value: Any, name: str) -> Any:
     if not isinstance(value, (list, tuple)):
-        raise UserError(f"from_json: {name} is {_show(value)}, but expected a list")
+        raise UserError(f"{name} is {_show(value)}, but expected a list")
     if container is tuple and args and not (len(args) == 2 and args[1] is ...):
         if len(value) != len(args):
-            raise UserError(f"from_json: {name} has {len(value)} items, but expected {len(args)}")
+            raise UserError(f"{name} has {len(value)} items, but expected {len(args)}")
         hints = list(args)
     else:
         hints = [args[0] if args else Any] * len(value)
@@ -211,17 +246,18 @@ def _decode_scalar(hint: Any, value: Any, name: str) -> Any:
     if hint is float:
         if isinstance(value, str) and value in _NON_FINITE:
             return _NON_FINITE[value]
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+        if isinstance(value, Real) and not isinstance(value, bool):
+            with contextlib.suppress(OverflowError):  # an int beyond all floats
+                return float(value)
     elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            return int(value)
     elif hint in (bool, str) and isinstance(value, hint):
         return value
     elif hint in (None, type(None)) and value is None:
         return None
     expected = getattr(hint, "__name__", str(hint))
-    raise UserError(f"from_json: {name} is {_show(value)}, but expected {expected}")
+    raise UserError(f"{name} is {_show(value)}, but expected {expected}")
 
 
 def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -29,7 +29,7 @@ from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
-from pywm.config import Preset
+from pywm.config import Preset, check_fields
 from pywm.data import ObsNormalizer, RewardNormalizer, Rollout
 from pywm.data.rollout import Slot
 from pywm.distributions import Categorical, DiagGaussian, MultiCategorical
@@ -109,6 +109,7 @@ class Config:
     """Time limit of an episode in place of the environment's own."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "ppo.Config")
         for name in ("steps", "num_envs", "num_steps", "batch_size", "epochs"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("discount", "lam"):
@@ -122,6 +123,8 @@ class Config:
             self._require(name, 0 <= getattr(self, name) < math.inf, "a number from 0 on")
         self._require("seed", 0 <= self.seed < 2**31, "a number in [0, 2147483647]")
         self._require("hidden", all(width >= 1 for width in self.hidden), "positive widths")
+        limit = self.max_episode_steps
+        self._require("max_episode_steps", limit is None or limit >= 1, "at least 1 or None")
 
     def _require(self, name: str, ok: bool, expected: str) -> None:
         if not ok:
@@ -327,8 +330,17 @@ class Agent:
 
         Returns:
             The actions ``[N, ...]`` and the state.
+
+        Raises:
+            ValueError: an observation has another shape, or lacks the dimension of the environments.
         """
         batch = self.as_batch(obs)
+        for key, slot in self.obs_slots.items():
+            shape = np.shape(batch[key])
+            if len(shape) != len(slot.shape) + 1 or shape[1:] != tuple(slot.shape):
+                name = f"obs[{key!r}]" if self._is_dict else "obs"
+                expected = ", ".join(["N", *map(str, slot.shape)])
+                raise ValueError(f"ppo.Agent.act: {name} has shape {shape}, but ({expected}) was expected")
         if self.normalizer is not None:
             batch = self.normalizer(batch)
         tensors = {key: torch.from_numpy(np.asarray(x)).to(self.device) for key, x in batch.items()}
@@ -374,9 +386,12 @@ class Agent:
                         f"ppo.Agent.load_state: {name} is {got}, but {tuple(p.shape)} was expected"
                     )
                 p.copy_(saved)
-        self._generator.set_state(state.tensors["generator"])
-        if self.normalizer is not None:
-            self.normalizer.load_state(_arrays(state, "normalizer."))
+        try:
+            self._generator.set_state(state.tensors["generator"])
+            if self.normalizer is not None:
+                self.normalizer.load_state(_arrays(state, "normalizer."))
+        except _MISFITS as error:
+            raise CheckpointError(f"ppo.Agent.load_state: {_reason(error)}") from error
 
 
 def train(
@@ -408,6 +423,7 @@ def train(
         agent = Agent(config, envs.observation_space, envs.action_space, device)
         learner = Learner(agent, envs)
         with _num_threads(learner.num_threads):
+            run.announce(envs)
             if run.resumed is None:
                 learner.start_episodes(run)
             else:
@@ -693,18 +709,38 @@ class Learner:
         )
 
     def resume(self, run: Run) -> None:
-        """Continue from the checkpoint of ``run``."""
+        """Continue from the checkpoint of ``run``.
+
+        Raises:
+            CheckpointError: it does not fit; the message names it.
+        """
         assert run.resumed is not None
         agent, learner, envs = (part(run.resumed.state, name) for name in ("agent", "learner", "env"))
         if agent is None or learner is None:
             raise CheckpointError(f"{run.resumed.path}: holds no PPO agent and learner")
+        try:
+            self._load_state(agent, learner, envs, run)
+        except _MISFITS as error:
+            raise CheckpointError(f"{run.resumed.path}: does not fit: {_reason(error)}") from error
+
+    def _load_state(self, agent: State, learner: State, envs: State | None, run: Run) -> None:
+        assert run.resumed is not None
         self.agent.load_state(agent)
         self._noise.set_state(learner.tensors["noise"])
         self._shuffle.set_state(learner.tensors["shuffle"])
-        self.optimizer.exp_avg.copy_(learner.tensors["exp_avg"])
-        self.optimizer.exp_avg_sq.copy_(learner.tensors["exp_avg_sq"])
-        self.optimizer.updates = learner.data["updates"]
-        self.env_steps = learner.data["env_steps"]
+        for name in ("exp_avg", "exp_avg_sq"):
+            mine, saved = getattr(self.optimizer, name), learner.tensors[name]
+            if saved.shape != mine.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(saved.shape)}, but {tuple(mine.shape)} was expected"
+                )
+            mine.copy_(saved)
+        updates, env_steps = learner.data["updates"], learner.data["env_steps"]
+        if type(updates) is not int or updates < 0:
+            raise ValueError(f"learner.updates is {updates!r}, but a count was expected")
+        if env_steps != run.resumed.step:
+            raise ValueError(f"learner.env_steps is {env_steps!r}, but {run.resumed.step} was expected")
+        self.optimizer.updates, self.env_steps = updates, run.resumed.step
         self._recent.extend((float(return_), int(length)) for return_, length in learner.data["recent"])
         if self.reward_normalizer is not None:
             self.reward_normalizer.load_state(_arrays(learner, "reward_normalizer."))
@@ -714,6 +750,15 @@ class Learner:
         else:
             self.envs.set_state(envs)
             self.rollout.write_obs(-1, self._normalize(self.envs.obs, update=False))
+
+
+# What a state raises whose contents are not what they should be.
+_MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def _reason(error: Exception) -> str:
+    """Say in words what a bare error of Python means."""
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 STATS = ("loss/policy", "loss/value", "entropy", "clip_fraction", "kl", "grad_norm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import importlib
@@ -9,7 +10,8 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import gymnasium
@@ -21,7 +23,7 @@ from pywm.envs.cartpole import CartPole
 from pywm.envs.vector import Envs, missing_extra
 from pywm.errors import EnvError, MissingExtra, PywmError, UserError
 
-__all__ = ["EnvLike", "make"]
+__all__ = ["EnvLike", "make", "sources"]
 
 EnvLike = str | Callable[..., gymnasium.Env] | VectorEnv | Envs
 
@@ -76,6 +78,8 @@ def make(
     """
     if num_envs is not None and num_envs < 1:
         raise UserError(f"make: num_envs is {num_envs}, but expected at least 1")
+    if max_episode_steps is not None and max_episode_steps < 1:
+        raise UserError(f"make: max_episode_steps is {max_episode_steps}, but expected at least 1 or None")
     if isinstance(env, Envs | VectorEnv):
         return _adopt(env, num_envs, seed)
     count = num_envs or 1
@@ -140,7 +144,8 @@ def _from_id(
             kwargs["max_num_frames_per_episode"] = max_episode_steps * frameskip
         return _guarded(functools.partial(Atari, name, count, render_mode=render_mode, **kwargs), env_id)
     if name == "CartPole-v1" and render_mode is None and not kwargs:
-        return CartPole(count, max_episode_steps or spec.max_episode_steps or 500)
+        limit = spec.max_episode_steps if max_episode_steps is None else max_episode_steps
+        return CartPole(count, limit or 500)
     if spec.entry_point is None:
         return _guarded(lambda: gymnasium.make_vec(name, count, render_mode=render_mode, **kwargs), env_id)
     # gymnasium's passive checker would look at every step; `pywm check-env` looks once, and closer.
@@ -201,11 +206,71 @@ def _takes(function: Callable[..., Any], name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _import_module(module: str, env_id: str) -> None:
-    # A console script does not have the working directory on its path, where users keep their environments.
+def sources(env_id: str) -> list[str]:
+    """List the files and folders that an id's module would be imported from, without importing anything.
+
+    Args:
+        env_id: an id like ``"my_pkg.envs:MyEnv-v0"``.
+
+    Returns:
+        Those of each part of the dotted name, parents first; nothing for an id that names no module.
+    """
+    module = env_id.rpartition(":")[0]
+    if not module or env_id.startswith(("dmc:", "crafter:")):
+        return []
+    found: list[str] = []
+    parts = module.split(".")
+    path: Any = None
+    with _working_directory(module):
+        for i in range(len(parts)):
+            name = ".".join(parts[: i + 1])
+            loaded = sys.modules.get(name)
+            if loaded is not None:
+                file, path = getattr(loaded, "__file__", None), getattr(loaded, "__path__", None)
+            else:
+                spec = _find_spec(name, path)
+                if spec is None:
+                    break
+                file, path = spec.origin if spec.has_location else None, spec.submodule_search_locations
+            if file is not None:
+                found.append(file)
+            if path is None:  # no package: it has no further parts
+                break
+            found.extend(path)
+    return found
+
+
+def _find_spec(name: str, path: Any) -> ModuleSpec | None:
+    """Find a module as an import would. Unlike ``importlib.util.find_spec`` this imports no parents."""
+    for finder in sys.meta_path:
+        spec = finder.find_spec(name, path)
+        if spec is not None:
+            return spec
+    return None
+
+
+@contextlib.contextmanager
+def _working_directory(module: str) -> Iterator[None]:
+    """Put the working directory on the path for a module that is nowhere else.
+
+    A console script does not have it there, and users keep their environments in it. An installed module gets
+    none of its imports from it: the working directory may be one that somebody else has written.
+    """
+    spec = _find_spec(module.partition(".")[0], None)
+    if spec is not None and spec.origin is not None:  # a mere folder of that name has no origin
+        yield
+        return
     sys.path.append("")
     try:
-        importlib.import_module(module)
+        yield
+    finally:
+        sys.path.remove("")
+
+
+def _import_module(module: str, env_id: str) -> None:
+    try:
+        with _working_directory(module):
+            importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
             raise UserError(
@@ -215,8 +280,6 @@ def _import_module(module: str, env_id: str) -> None:
         raise EnvError(f"{env_id}: importing {module!r} raised {type(error).__name__}: {error}") from error
     except Exception as error:
         raise EnvError(f"{env_id}: importing {module!r} raised {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove("")
 
 
 def _register(package: str, extra: str, env_id: str) -> None:

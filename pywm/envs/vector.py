@@ -266,6 +266,12 @@ class Envs:
         self._episodes = [Episode(float(r), int(length), int(n)) for r, length, n in data["episodes"]]
         obs = {key: state.tensors[f"obs.{key}"].numpy().copy() for key in _keys(self.observation_space)}
         self._obs = obs if isinstance(self.observation_space, spaces.Dict) else obs["obs"]
+        flags = self._all_valid if self._resetting is None else self._resetting
+        for key, value in {"returns": self._returns, "started": self._started, "resetting": flags}.items():
+            if value.shape != (self.num_envs,):
+                raise CheckpointError(
+                    f"Envs.set_state: {key} has shape {value.shape}, but expected ({self.num_envs},)"
+                )
 
     def render(self, index: int = 0) -> np.ndarray | None:
         """Return the picture ``[height, width, 3]`` of one environment, or None where it draws nothing.

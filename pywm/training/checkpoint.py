@@ -64,6 +64,8 @@ _MAX_HEADER = 1 << 22
 _MAX_DIM = 1 << 40
 _MAX_RANK = 32
 
+_MT_WORDS = 624  # the state of a Mersenne twister
+
 _DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
@@ -143,14 +145,28 @@ def rng_state() -> State:
     )
 
 
-def set_rng_state(state: State) -> None:
-    """Set the random generators to what :func:`rng_state` captured."""
+def set_rng_state(state: State, *, try_only: bool = False) -> None:
+    """Set the random generators to what :func:`rng_state` captured.
+
+    Args:
+        state: of all generators; those of CUDA devices that are not there are left out.
+        try_only: set new generators of Python, NumPy and torch instead, to see whether the state fits.
+    """
     version, gauss = state.data["python"]
-    random.setstate((version, tuple(state.tensors["python"].tolist()), gauss))
+    python: Any = random.Random() if try_only else random
+    gauss = None if gauss is None else float(gauss)
+    python.setstate((version, tuple(state.tensors["python"].tolist()), gauss))
     name, position, has_gauss, cached = state.data["numpy"]
     keys = state.tensors["numpy"].numpy().astype(np.uint32)
-    np.random.set_state((name, keys, position, has_gauss, cached))
-    torch.set_rng_state(state.tensors["torch"].cpu())
+    if keys.shape != (_MT_WORDS,) or not 0 <= position <= _MT_WORDS:  # NumPy reads there, whatever it is
+        raise ValueError(f"position {position} of NumPy's generator is beyond its {_MT_WORDS} words")
+    numpy: Any = np.random.RandomState() if try_only else np.random
+    numpy.set_state((name, keys, position, has_gauss, cached))
+    words = state.tensors["torch"].cpu()
+    if try_only:
+        torch.Generator().set_state(words)
+        return
+    torch.set_rng_state(words)
     for key, tensor in state.tensors.items():
         index = key.removeprefix("cuda")
         if index != key and torch.cuda.is_available() and int(index) < torch.cuda.device_count():
@@ -445,7 +461,37 @@ def _load_one(path: Path) -> Loaded:
     data = _read_json(path, "state.json", _MAX_JSON)
     if not isinstance(data, dict):
         raise CheckpointError(f"{path.name}: state.json does not hold an object")
-    return Loaded(step_of(path), State(tensors, data), path)
+    state = State(tensors, data)
+    _check_parts(path, state)
+    return Loaded(step_of(path), state, path)
+
+
+def _check_parts(path: Path, state: State) -> None:
+    """Check what a run itself wrote. What an algorithm wrote, only the algorithm knows."""
+
+    def fault(key: str, value: Any, expected: str) -> CheckpointError:
+        got = repr(value)[:40]
+        return CheckpointError(f"{path.name}: state.json: {key} is {got}, but expected {expected}")
+
+    for name, data in state.data.items():
+        if not isinstance(data, dict):
+            raise fault(name, data, "an object")
+    run = state.data.get("run")
+    if run is not None:
+        for key in ("checkpoint_number", "metrics_rows"):
+            if not _is_int(run.get(key)):
+                raise fault(f"run.{key}", run.get(key), "a count")
+        best = run.get("best_score")
+        if best is not None and (isinstance(best, bool) or not isinstance(best, (int, float))):
+            raise fault("run.best_score", best, "a number or null")
+    rng = part(state, "rng")
+    if rng is not None:
+        try:
+            set_rng_state(rng, try_only=True)
+        except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path.name}: state.json and rng.safetensors do not fit the random generators: {error!r}"
+            ) from error
 
 
 def verify(path: Path) -> list[str]:

@@ -49,11 +49,15 @@ def find_run(runs: Path | str, *, algo: str, env: str, seed: int) -> Path | None
     return found[-1] if found else None
 
 
-def read_run(folder: Path | str) -> dict[str, Any]:
+def read_run(folder: Path | str, *, will_make_env: bool = True) -> dict[str, Any]:
     """Read a run's ``config.json``: a dict with ``algo``, ``env``, ``seed`` and ``config``.
 
+    Args:
+        folder: the run directory, which may come from somebody else.
+        will_make_env: its environment is to be made, so one whose code comes with the run is refused.
+
     Raises:
-        CheckpointError: ``folder`` is not a run directory.
+        CheckpointError: ``folder`` is not a run directory, or its environment is code inside it.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -71,7 +75,32 @@ def read_run(folder: Path | str) -> dict[str, Any]:
     expected = {"algo": str, "env": str, "seed": int, "config": dict}
     if not isinstance(about, dict) or any(not isinstance(about.get(k), t) for k, t in expected.items()):
         raise CheckpointError(f"{path}: expected an object with {', '.join(expected)}")
+    if not isinstance(about.get("run", {}), dict):
+        raise CheckpointError(f"{path}: run is {repr(about['run'])[:40]}, but expected an object")
+    if will_make_env:
+        _refuse_own_code(folder, about["env"])
     return about
+
+
+def _refuse_own_code(folder: Path, env: str) -> None:
+    """A run holds data; making its environment must not execute what came with it."""
+    if ":" not in env:
+        return
+    from pywm.envs.make import sources
+
+    own = _names(folder)
+    for source in sources(env):
+        if any(name.is_relative_to(top) for name in _names(source) for top in own):
+            raise CheckpointError(
+                f"{folder}: refused, its environment {env!r} would be imported from {source}, inside the run "
+                "directory, and a run that comes from somebody else could execute anything that way. If you "
+                "trust it, move the module out of the run directory"
+            )
+
+
+def _names(path: Path | str) -> set[Path]:
+    """Return the absolute names of a path, before and after links are followed."""
+    return {Path(os.path.abspath(path)), Path(os.path.realpath(path))}
 
 
 def _safe(name: str) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,7 @@ __all__ = [
     "Curve",
     "bootstrap_band",
     "can_write_video",
+    "check_film",
     "curves",
     "find_runs",
     "iqm",
@@ -133,7 +135,7 @@ def curves(paths: Sequence[Path | str], *, metric: str = "return/mean", x: str =
     known: set[str] = set()
     runs = find_runs(paths)
     for run in runs:
-        about = read_run(run)
+        about = read_run(run, will_make_env=False)
         rows = read_metrics(run / "metrics.jsonl")
         known.update(*rows)
         key, scale = ("env_steps", 1.0) if x == "env_steps" else ("time/total", 1 / 3600)
@@ -181,6 +183,8 @@ def plot(
         MissingExtra: matplotlib is not installed.
         UserError: there is nothing to draw, or the picture cannot be written.
     """
+    if not 0 < level < 1:
+        raise UserError(f"plot: level is {level}, but expected a number between 0 and 1")
     require_extra("matplotlib", "plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -227,6 +231,32 @@ def _frame(frame: np.ndarray) -> np.ndarray:
     if frame.ndim == 2:
         frame = frame[:, :, None]
     return np.broadcast_to(frame, (*frame.shape[:2], 3))
+
+
+def check_film(kind: Literal["gif", "video"], path: Path | str) -> None:
+    """Make sure, before anything is played, that a film can be written; a missing folder is made, as by ``plot``.
+
+    Args:
+        kind: a ``"video"`` is an mp4.
+        path: the film.
+
+    Raises:
+        UserError: the name has another ending, or the place cannot be written to.
+        MissingExtra: an mp4 needs the extra ``video``.
+    """
+    path = Path(path)
+    ending = {"gif": ".gif", "video": ".mp4"}[kind]
+    if path.suffix.lower() != ending:
+        raise UserError(f"eval: {kind} is {str(path)!r}, but expected a file name that ends in {ending}")
+    if kind == "video":
+        require_extra("imageio", "video")
+        require_extra("imageio_ffmpeg", "video")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"eval: cannot write {path}: {error}") from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"eval: cannot write {path}: it is a directory, or writing there is not permitted")
 
 
 def write_gif(frames: Sequence[np.ndarray], path: Path | str, *, fps: int = 25) -> Path:

@@ -19,6 +19,10 @@ A training loop uses it like this; the order inside the iteration is what makes 
             if run.stopping:
                 break
         run.finish(env_steps, join({...}))
+
+Episodes of environments that cannot be restored (``Envs.restorable``) must be started anew after each save, and after
+a resume, for both to go on alike. The checkpoint of a stop between two multiples of ``checkpoint_every`` ends episodes
+that an uninterrupted run would play on; such runs are equal only where the stop falls on a multiple.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pywm.errors import CheckpointError, NumericalError, UserError
+from pywm.errors import CheckpointError, NumericalError, UserError, require_extra
 from pywm.training import checkpoint, directory
 from pywm.training.checkpoint import Loaded
 from pywm.training.evaluate import EVAL_SEED, Evaluation, evaluate
@@ -64,6 +68,14 @@ log = logging.getLogger(__name__)
 
 # Parts that hold the world's data, which may be what it likes; weights and statistics may not.
 _UNCHECKED_PARTS = ("env", "rng", "replay", "run")
+_LEAST = {
+    "checkpoint_every": 1,
+    "keep_last": 1,
+    "log_every": 0,
+    "eval_every": 0,
+    "eval_episodes": 1,
+    "stop_at": 1,
+}
 
 
 @dataclasses.dataclass
@@ -75,12 +87,14 @@ class RunOptions:
         resume: continue from the last good checkpoint.
         fresh: start anew in a directory that has steps; what is there moves to previous-<n>.
         checkpoint_every: environment steps between checkpoints. Environments that cannot be restored end
-            their episodes there, so this is part of the result for them.
+            their episodes there, so this is part of the result for them, and a resumed run equals an
+            uninterrupted one only where the stop fell on a multiple of it (other environments: wherever it fell).
         keep_last: how many of the newest checkpoints to keep; the best one is kept besides.
         log_every: environment steps between rows of metrics; 0 is every iteration.
         eval_every: environment steps between evaluations; 0 is never.
         eval_episodes: episodes an evaluation plays.
-        stop_at: save and stop at this many environment steps, although the run is longer (a time slot).
+        stop_at: save and stop at this many environment steps, although the run is longer (a time slot). Take a
+            multiple of ``checkpoint_every`` where environments cannot be restored: see there.
         progress: what to show while training; auto is live on a terminal, plain otherwise.
         tensorboard: also write to RUN/tb (extra "tb").
         wandb: also write to Weights & Biases (extra "wandb").
@@ -288,9 +302,15 @@ class Run:
             raise UserError(
                 "resume and fresh exclude each other: go on with --resume, start over with --fresh"
             )
-        for name in ("checkpoint_every", "keep_last"):
-            if getattr(options, name) < 1:
-                raise UserError(f"Run.open: {name} is {getattr(options, name)}, but expected 1 or more")
+        for name, least in _LEAST.items():
+            value = getattr(options, name)
+            if value is not None and value < least:
+                raise UserError(f"Run.open: {name} is {value}, but expected {least} or more")
+        # Before there is a directory that would stay behind.
+        if options.tensorboard:
+            require_extra("tensorboard", "tb")
+        if options.wandb:
+            require_extra("wandb", "wandb")
         folder = directory.choose(options, algo, env, seed)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -415,6 +435,21 @@ class Run:
         Raises:
             NumericalError: a tensor is not finite; nothing is written.
         """
+        try:
+            return self._save(env_steps, state, score)
+        except OSError as error:
+            if env_steps >= self._status.total_steps or self.stopping:
+                return None  # `finish` follows, which tries again and has the words for it
+            kept = self._last_good.name if self._last_good else "none yet"
+            log.warning(
+                "checkpoint at %d env steps not written (%s); training goes on, the last good one is %s",
+                env_steps,
+                error,
+                kept,
+            )
+            return None
+
+    def _save(self, env_steps: int, state: State, score: float | None) -> Path | None:
         self._env_steps = env_steps
         if env_steps == self._saved_step:
             return self._last_good
@@ -433,25 +468,15 @@ class Run:
         }
         whole = checkpoint.join({"rng": checkpoint.rng_state(), "run": State({}, about)})
         whole = State({**state.tensors, **whole.tensors}, {**state.data, **whole.data})
-        try:
-            with self.phase("checkpoint"):
-                self._metrics.sync()
-                path = checkpoint.save(
-                    self.dir / "checkpoints",
-                    env_steps,
-                    whole,
-                    keep_last=self.options.keep_last,
-                    best=improved,
-                )
-        except OSError as error:
-            kept = self._last_good.name if self._last_good else "none yet"
-            log.warning(
-                "checkpoint at %d env steps not written (%s); training goes on, the last good one is %s",
+        with self.phase("checkpoint"):
+            self._metrics.sync()
+            path = checkpoint.save(
+                self.dir / "checkpoints",
                 env_steps,
-                error,
-                kept,
+                whole,
+                keep_last=self.options.keep_last,
+                best=improved,
             )
-            return None
         self._saved_step, self._last_good = env_steps, path
         if improved:
             self._best = score
@@ -463,7 +488,24 @@ class Run:
             state = checkpoint.part(self.resumed.state, "rng")
             if state is None:
                 raise CheckpointError(f"{self.resumed.path.name}: holds no random generator state")
-            checkpoint.set_rng_state(state)
+            try:
+                checkpoint.set_rng_state(state)
+            except (RuntimeError, TypeError, ValueError) as error:  # a GPU's; the others were checked
+                raise CheckpointError(f"{self.resumed.path}: random generator state: {error}") from error
+
+    def announce(self, envs: Any) -> None:
+        """Say once, when the training starts, what checkpoints do to environments that cannot be restored.
+
+        Args:
+            envs: a :class:`pywm.envs.Envs`.
+        """
+        if not envs.restorable:
+            log.info(
+                "%s cannot be restored: episodes end at each checkpoint (every %s env steps), and a resumed run "
+                "equals an uninterrupted one only if it stopped at a multiple of that",
+                envs.name,
+                f"{self.options.checkpoint_every:,}",
+            )
 
     @property
     def stopping(self) -> bool:
@@ -479,19 +521,23 @@ class Run:
         """Save the last checkpoint and say how to go on, if there is anything left to do.
 
         Raises:
-            CheckpointError: the disk did not take it.
+            CheckpointError: the disk did not take it; the message has the command to go on with.
         """
-        path = self.save(env_steps, state, score=score)
+        failure: OSError | None = None
+        try:
+            path = self._save(env_steps, state, score)
+        except OSError as error:
+            failure = error
         self._status.env_steps = env_steps
         self._screen.show(self._status, force=True)
         self._finished = True
-        if path is None:
-            kept = (
-                f"the last good checkpoint is {self._last_good}"
-                if self._last_good
-                else "there is no checkpoint"
-            )
-            raise CheckpointError(f"the final checkpoint at {env_steps:,} env steps was not written; {kept}")
+        if failure is not None:
+            kept = "there is no checkpoint"
+            if self._last_good is not None:
+                kept = f"the last good checkpoint is {self._last_good}. Go on with:\n  {self.resume_command}"
+            raise CheckpointError(
+                f"the final checkpoint at {env_steps:,} env steps was not written ({failure}); {kept}"
+            ) from failure
         if env_steps < self._status.total_steps:
             log.warning(
                 "stopped at %s env steps, saved %s. Go on with:\n  %s",
@@ -626,6 +672,9 @@ class NullRun(Run):
     def save(self, env_steps: int, state: State, *, score: float | None = None) -> Path | None:
         """Keep nothing."""
         return None
+
+    def announce(self, envs: Any) -> None:
+        """Say nothing: there are no checkpoints."""
 
     def finish(self, env_steps: int, state: State, *, score: float | None = None) -> None:
         """Do nothing."""

@@ -277,13 +277,30 @@ def test_observation_of_the_wrong_kind_is_refused() -> None:
         learner.agent.act({"obs": np.zeros((1, 4), np.float32)})
 
 
+@pytest.mark.parametrize("obs", ["vector", "image", "dict"])
+def test_observations_without_the_environments_dimension_are_refused(obs: str) -> None:
+    learner = _learner(lambda: Match(obs=obs))
+    batch = learner.envs.obs
+    learner.agent.act(batch)
+    bad = {key: x[0] for key, x in batch.items()} if isinstance(batch, dict) else batch[0]
+    with pytest.raises(
+        ValueError, match=r"act: obs(\['\w+'\])? has shape \([0-9, ]+\), but \(N, .*\) was exp"
+    ):
+        learner.agent.act(bad)
+    wide = {key: x[..., :-1] for key, x in batch.items()} if isinstance(batch, dict) else batch[..., :-1]
+    with pytest.raises(ValueError, match=r"act: obs"):
+        learner.agent.act(wide)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("steps", 0), ("discount", 1.5), ("clip", 0.0), ("lr", -1.0), ("target_kl", 0.0), ("entropy_coef", -1.0),
-     ("hidden", (0,)), ("seed", -1), ("value_clip", math.nan)],
+     ("hidden", (0,)), ("seed", -1), ("value_clip", math.nan), ("normalize_advantage", "foo"), ("activation", "gelu"),
+     ("max_episode_steps", 0), ("max_episode_steps", -5), ("seed", 1.5), ("steps", "10"), ("hidden", 64),
+     ("lr", None), ("anneal_lr", 1), ("epochs", True), ("value_clip", "x")],
 )  # fmt: skip
 def test_bad_settings_are_refused(field: str, value: Any) -> None:
-    with pytest.raises(UserError, match=f"ppo.Config: {field} is"):
+    with pytest.raises(UserError, match=rf"ppo.Config: {field} is .*expected"):
         ppo.Config(**{field: value})
 
 

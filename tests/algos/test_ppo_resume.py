@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from gymnasium import spaces
 from pywm.algos import ppo
 from pywm.config import to_json
 from pywm.envs.toy import Match
-from pywm.errors import NumericalError
+from pywm.errors import CheckpointError, NumericalError
 from pywm.training.checkpoint import load
 from pywm.training.run import Run, RunOptions
 
@@ -113,6 +115,83 @@ def test_resume_is_exact(name: str, tmp_path: Path) -> None:
     assert load(tmp_path / "parts" / "checkpoints").step == STEPS // 2
     assert _start(env, config, tmp_path / "parts", resume=True).wait(120) == 0
     assert _hash(tmp_path / "parts") == _hash(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stop", [STEPS // 2, STEPS // 2 + 256], ids=["at a multiple", "between two"])
+def test_when_an_environment_without_state_resumes_exactly(
+    stop: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    env, config = CONFIGS["forgetful"]
+    config = {**config, "steps": STEPS}
+    with caplog.at_level(logging.INFO, "pywm"):
+        _train(env, config, tmp_path / "whole")
+    [said] = [text for text in caplog.messages if "cannot be restored" in text]
+    assert said.startswith(
+        "Forgetful cannot be restored: episodes end at each checkpoint (every 512 env steps)"
+    )
+    assert "equals an uninterrupted one only if it stopped at a multiple of that" in said
+    _train(env, config, tmp_path / "parts", stop_at=stop)
+    _train(env, config, tmp_path / "parts", resume=True)
+    equal = _hash(tmp_path / "parts") == _hash(tmp_path / "whole")
+    assert equal == (stop % (STEPS // 2) == 0)
+
+
+def test_nothing_is_said_about_environments_that_are_restored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    env, config = CONFIGS["cartpole"]
+    with caplog.at_level(logging.INFO, "pywm"):
+        _train(env, {**config, "steps": 128}, tmp_path)
+        ppo.train(
+            ppo.Config(steps=64, num_envs=2, num_steps=32, hidden=(8,)), Forgetful
+        )  # takes no checkpoints
+    assert not [text for text in caplog.messages if "cannot be restored" in text]
+
+
+def _spoil(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the contents of a checkpoint, and make the manifest agree."""
+    data = json.loads((path / "state.json").read_text())
+    change(data)
+    text = json.dumps(data)
+    (path / "state.json").write_text(text)
+    manifest = json.loads((path / "manifest.json").read_text())
+    entry = {"size": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    manifest["files"]["state.json"] = entry
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+SPOILED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "updates missing": (lambda d: d["learner"].pop("updates"), "does not fit: 'updates' is missing"),
+    "updates a word": (lambda d: d["learner"].update(updates="x"), "learner.updates is 'x', but a count was"),
+    "updates negative": (lambda d: d["learner"].update(updates=-1), "learner.updates is -1, but a count was"),
+    "other steps": (
+        lambda d: d["learner"].update(env_steps=7),
+        "learner.env_steps is 7, but 256 was expected",
+    ),
+    "recent a word": (lambda d: d["learner"].update(recent="ab"), "does not fit"),
+    "recent a number": (lambda d: d["learner"].update(recent=3), "does not fit"),
+    "no learner": (lambda d: d.update(learner={}), "does not fit"),
+    "no env": (lambda d: d.update(env={}), "does not fit: Envs.set_state"),
+    "env's generators": (lambda d: d["env"]["env"].update(rngs=[{}]), "does not fit"),
+    "env's resets": (
+        lambda d: d["env"].update(resetting=[True]),
+        "does not fit: Envs.set_state: resetting has",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_checkpoint_with_other_contents_is_named(name: str, tmp_path: Path) -> None:
+    env, config = CONFIGS["cartpole"]
+    config = {**config, "steps": 256}
+    _train(env, config, tmp_path)
+    path = tmp_path / "checkpoints/step_00000256"
+    change, message = SPOILED[name]
+    _spoil(path, change)
+    with pytest.raises(CheckpointError) as caught:
+        _train(env, {**config, "steps": 512}, tmp_path, resume=True)
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value)
 
 
 def test_two_runs_with_one_seed_are_equal_and_two_seeds_are_not(tmp_path: Path) -> None:

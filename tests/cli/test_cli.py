@@ -92,6 +92,18 @@ def test_help_is_quick_and_the_module_runs() -> None:
         (("train", "tiny", "CartPole-v1", "--steps", "many"), "many"),
         (("train", "tiny", "CartPole-v1", "--device", "gpu"), "device is 'gpu', but expected cpu, cuda or"),
         (("train", "tiny", "CartPole-v1", "--device", "cuda:99"), "GPUs; use --device cpu"),
+        (("train", "tiny", "CartPole-v1", "--steps", "1.5e0"), "1.5e0"),
+        (
+            ("train", "tiny", "CartPole-v1", "--eval-episodes", "0"),
+            "eval_episodes is 0, but expected 1 or more",
+        ),
+        (("train", "tiny", "CartPole-v1", "--stop-at", "-1"), "stop_at is -1, but expected 1 or more"),
+        (("train", "tiny", "CartPole-v1", "--log-every", "-1"), "log_every is -1, but expected 0 or more"),
+        (
+            ("train", "ppo", "CartPole-v1", "--max-episode-steps", "0"),
+            "max_episode_steps is 0, but at least 1",
+        ),
+        (("plot", ".", "--level", "2"), "plot: level is 2.0, but expected a number between 0 and 1"),
         (("eval", "nowhere"), "nowhere is not a run directory: it has no config.json"),
         (("plot", "nowhere"), "nowhere does not exist"),
         (("plot",), "runs"),
@@ -128,6 +140,34 @@ def test_train_prints_the_run_and_explains_on_stderr(pywm: Commands) -> None:
     assert run.name.startswith("3-")
     assert "preset cartpole: expect about 20, whatever it does" in result.err
     assert "tiny on CartPole-v1, seed 3, cpu" in result.err
+
+
+def test_integers_may_be_written_with_an_exponent(pywm: Commands) -> None:
+    flags = ("--steps", "1.6e1", "--seed=1e1", "--checkpoint_every", "1e2", "--lr", "1e-3")
+    result = pywm("train", "tiny", "CartPole-v1", *flags)
+    assert result.code == 0, explain(result)
+    about = json.loads((pywm.folder / result.out.strip() / "config.json").read_text())
+    assert [about["config"][name] for name in ("steps", "seed", "lr")] == [16, 10, 1e-3]
+    assert about["run"]["checkpoint_every"] == 100
+    again = pywm("train", "tiny", "CartPole-v1", "--seed", "1e1", "--resume", "--steps", "3.2e1")
+    assert again.code == 0, explain(again)
+    assert "resumed at 16" in again.err
+
+
+def test_train_says_once_that_there_are_no_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pywm.ops import _native
+
+    argv = ["train", "ppo", "CartPole-v1", "--steps", "64", "--device", "cpu", "--run-dir"]
+    assert cli.main([*argv, str(tmp_path / "with")]) == 0
+    assert "compiled kernels are not used" not in capsys.readouterr().err
+    monkeypatch.setattr(_native, "_C", None)
+    monkeypatch.setattr(_native, "why_not", "no compiler; mend it with: a command")
+    # The ops' fast entries were bound when they were imported: they still run here, and only the words are tested.
+    assert cli.main([*argv, str(tmp_path / "without")]) == 0
+    said = capsys.readouterr().err
+    assert said.count("compiled kernels are not used: no compiler; mend it with: a command\n") == 1
 
 
 def test_a_preset_is_chosen_by_environment_and_flags_win(pywm: Commands) -> None:
@@ -253,17 +293,27 @@ def test_eval_speaks_to_people_too(pywm: Commands, trained: Path) -> None:
 
 def test_eval_writes_a_gif(pywm: Commands, trained: Path) -> None:
     pytest.importorskip("pygame")
-    result = pywm("eval", trained, "--episodes", 1, "--json", "--gif", "a.gif")
-    assert result.code == 0, explain(result)
-    assert json.loads(result.out)["gif"] == "a.gif"
-    with Image.open(pywm.folder / "a.gif") as image:
-        assert image.n_frames >= 8
+    for name in ("a.gif", "new/folder/a.gif"):
+        result = pywm("eval", trained, "--episodes", 1, "--json", "--gif", name)
+        assert result.code == 0, explain(result)
+        assert json.loads(result.out)["gif"] == name
+        with Image.open(pywm.folder / name) as image:
+            assert image.n_frames >= 8
+    (pywm.folder / "folder.gif").mkdir()
+    result = pywm("eval", trained, "--gif", "folder.gif")
+    assert result.code == 2, explain(result)
+    assert "eval: cannot write folder.gif: it is a directory" in result.err
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (("--episodes", 0), "eval: episodes is 0, but expected 1 or more"),
+        (("--num-envs", 0), "eval: num_envs is 0, but expected 1 or more"),
+        (("--seed", -1), "eval: seed is -1, but expected a number in [0, 2147483647]"),
+        (("--gif", "x.foo"), "eval: gif is 'x.foo', but expected a file name that ends in .gif"),
+        (("--gif", "/dev/null/x.gif"), "eval: cannot write /dev/null/x.gif: "),
+        (("--video", "x.gif"), "eval: video is 'x.gif', but expected a file name that ends in .mp4"),
         (("--checkpoint", "step_00000001"), "no checkpoint 'step_00000001' in"),
         (("--device", "cuda:99"), "GPUs; use --device cpu"),
     ],
@@ -297,6 +347,58 @@ def test_eval_of_a_checkpoint_that_does_not_fit(pywm: Commands, trained: Path) -
     assert "does not fit the agent: weight has another shape" in result.err
     path.write_text(json.dumps(about | {"config": about["config"] | {"hiden": 99}}))
     assert "Config has no field 'hiden'. Did you mean 'hidden'?" in pywm("eval", "run").err
+
+
+EVIL = "open('code-was-run', 'w')\nfrom pywm.envs.toy import Counter as Env\n"
+
+
+@pytest.mark.parametrize(
+    ("env", "cwd"),
+    [
+        ("kx.evil:Env", "."),
+        ("kx.evil.deep:Env", "."),
+        ("kx.package.deep:Env", "."),
+        ("kx.linked:Env", "."),
+        ("alias.evil:Env", "."),
+        ("evil:Env", "kx"),
+    ],
+)
+def test_a_run_that_brings_code_is_refused_before_any_of_it_runs(
+    env: str, cwd: str, pywm: Commands, trained: Path
+) -> None:
+    import shutil
+
+    folder = pywm.folder
+    run = Path(shutil.copytree(trained, folder / "kx"))
+    (run / "package").mkdir()
+    for name in ("__init__.py", "evil.py", "package/__init__.py", "package/deep.py"):
+        (run / name).write_text(EVIL)
+    (folder / "elsewhere.py").write_text(EVIL)
+    (run / "linked.py").symlink_to(folder / "elsewhere.py")
+    (folder / "alias").symlink_to(run)
+    about = json.loads((run / "config.json").read_text()) | {"env": env}
+    (run / "config.json").write_text(json.dumps(about))
+    where, pywm.folder = os.path.relpath(run, folder / cwd), folder / cwd
+    commands = [("eval", where), ("train", "tiny", env, "--resume", "--run-dir", where)]
+    for argv in commands:
+        result = pywm(*argv)
+        assert not list(folder.rglob("code-was-run"))
+        assert result.code == 2, explain(result)
+        assert f"{where}: refused, its environment {env!r} would be imported from" in result.err
+        assert "inside the run directory" in result.err
+        assert "Traceback" not in result.err
+
+
+def test_a_run_in_an_environment_of_one_s_own_is_evaluated_and_resumed(pywm: Commands) -> None:
+    (pywm.folder / "my_pkg").mkdir()
+    (pywm.folder / "my_pkg/envs.py").write_text("from pywm.envs.toy import Counter as Env\n")
+    result = pywm("train", "tiny", "my_pkg.envs:Env", "--steps", 16)
+    assert result.code == 0, explain(result)
+    run = result.out.strip()
+    assert pywm("eval", run, "--episodes", 1).code == 0
+    again = pywm("train", "tiny", "my_pkg.envs:Env", "--resume", "--run-dir", run, "--steps", 32)
+    assert again.code == 0, explain(again)
+    assert "resumed at 16" in again.err
 
 
 def test_load_gives_agent_and_environment_in_three_lines(

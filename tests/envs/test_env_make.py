@@ -12,6 +12,7 @@ import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from pywm.envs import Envs, make
+from pywm.envs.make import sources
 from pywm.envs.toy import Counter, Match, Truncation
 from pywm.errors import EnvError, MissingExtra, UserError
 
@@ -75,6 +76,45 @@ def test_a_package_in_the_working_directory_registers_its_environment(package: P
 def test_a_class_of_a_module_needs_no_registration(package: Path) -> None:
     (package / "someones_pkg_2.py").write_text("from pywm.envs.toy import Counter as MyEnv\n")
     play(make("someones_pkg_2:MyEnv", 2, env_kwargs={"length": 5}))
+
+
+def test_where_a_module_is_imported_from_is_found_without_importing(package: Path) -> None:
+    (package / "someones_pkg_5/inner").mkdir(parents=True)
+    for name in ("__init__.py", "inner/__init__.py", "inner/mod.py"):
+        (package / "someones_pkg_5" / name).write_text("raise AssertionError('imported')\n")
+    folder = str(package / "someones_pkg_5")
+    assert sources("someones_pkg_5.inner.mod:Env-v0") == [
+        *(f"{folder}/__init__.py", folder),
+        *(f"{folder}/inner/__init__.py", f"{folder}/inner"),
+        f"{folder}/inner/mod.py",
+    ]
+    assert sources("gymnasium:CartPole-v1")[0] == gymnasium.__file__
+    for name in ("CartPole-v1", "dmc:walker_walk", "crafter:reward", "not_there.at_all:Env-v0", "sys:x"):
+        assert sources(name) == [], name
+    assert "" not in sys.path
+
+
+def test_an_installed_module_imports_nothing_from_the_working_directory(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = package / "site"
+    site.mkdir()
+    (site / "someones_pkg_6.py").write_text(
+        "try:\n    import someones_pkg_7\nexcept ImportError:\n    pass\n"
+        "from pywm.envs.toy import Counter as MyEnv\n"
+    )
+    (package / "someones_pkg_7.py").write_text("raise AssertionError('imported')\n")
+    monkeypatch.syspath_prepend(site)
+    play(make("someones_pkg_6:MyEnv", 1, env_kwargs={"length": 5}))
+
+
+def test_a_folder_elsewhere_does_not_hide_a_package_of_the_working_directory(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (package / "site/someones_pkg_8").mkdir(parents=True)
+    monkeypatch.syspath_prepend(package / "site")
+    (package / "someones_pkg_8.py").write_text("from pywm.envs.toy import Counter as MyEnv\n")
+    play(make("someones_pkg_8:MyEnv", 1, env_kwargs={"length": 5}))
 
 
 def test_a_missing_module_is_named(package: Path) -> None:
@@ -165,6 +205,12 @@ def test_cartpole_can_be_drawn() -> None:
 def test_bad_arguments_are_refused() -> None:
     with pytest.raises(UserError, match="num_envs is 0"):
         make("CartPole-v1", 0)
+    for limit in (0, -5):
+        for env in ("CartPole-v1", "Acrobot-v1", Counter):
+            with pytest.raises(
+                UserError, match=f"max_episode_steps is {limit}, but expected at least 1 or N"
+            ):
+                make(env, 1, max_episode_steps=limit)
     with pytest.raises(UserError, match="expected an id, a callable or a gymnasium VectorEnv"):
         make(3)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"returned a SyncVectorEnv, but expected a gymnasium\.Env"):

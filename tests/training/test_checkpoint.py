@@ -120,6 +120,15 @@ def test_json_that_cannot_be_kept_is_refused_and_leaves_nothing(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_trying_a_state_leaves_the_generators_alone(tmp_path: Path) -> None:
+    state = checkpoint.rng_state()
+    expected = random.random(), np.random.rand(), torch.rand(1).item()
+    checkpoint.set_rng_state(state)
+    save(tmp_path, 0, join({"rng": state}))
+    load(tmp_path)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+
+
 # Which ones stay.
 
 
@@ -335,6 +344,18 @@ def edit_manifest(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest if changed is None else changed))
 
 
+def edit_state(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change what a run and its generators left in state.json, and sign it."""
+    save(path.parent, 2, join({"rng": checkpoint.rng_state(), "run": State({}, dict(RUN))}))
+    data = json.loads((path / "state.json").read_text())
+    change(data)
+    (path / "state.json").write_text(json.dumps(data))
+    sign(path)
+
+
+RUN = {"checkpoint_number": 2, "metrics_rows": 5, "best_score": None}
+
+
 def rename_entry(new: str) -> Callable[[dict[str, Any]], None]:
     def change(manifest: dict[str, Any]) -> None:
         manifest["files"][new] = manifest["files"].pop("agent.safetensors")
@@ -501,6 +522,34 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "nested too deeply",
     ),
     "state huge": (lambda p: (sparse(p / "state.json", 1 << 25), sign(p)), "more than the limit"),
+    "run a list": (
+        lambda p: edit_state(p, lambda d: d.update(run=[1])),
+        r"run is \[1\], but expected an object",
+    ),
+    "run without a count": (
+        lambda p: edit_state(p, lambda d: d["run"].pop("checkpoint_number")),
+        "state.json: run.checkpoint_number is None, but expected a count",
+    ),
+    "run with a word": (
+        lambda p: edit_state(p, lambda d: d["run"].update(metrics_rows="x")),
+        "state.json: run.metrics_rows is 'x', but expected a count",
+    ),
+    "run with a list": (
+        lambda p: edit_state(p, lambda d: d["run"].update(best_score=[1])),
+        r"state.json: run.best_score is \[1\], but expected a number or null",
+    ),
+    "generators missing": (
+        lambda p: edit_state(p, lambda d: d.update(rng={})),
+        "state.json and rng.safetensors do not fit the random generators: KeyError",
+    ),
+    "generators a word": (
+        lambda p: edit_state(p, lambda d: d["rng"].update(python="ab", numpy=3)),
+        "do not fit the random generators",
+    ),
+    "generator beyond its words": (
+        lambda p: edit_state(p, lambda d: d["rng"].update(numpy=["MT19937", 10**6, 0, 0.0])),
+        "position 1000000 of NumPy's generator is beyond its 624 words",
+    ),
     "tensors a pickle": (lambda p: write_raw(p, pickled(p)), "agent.safetensors: header"),
     "tensors a zip bomb": (zip_bomb, "agent.safetensors: header"),
     "tensors empty": (lambda p: write_raw(p, b""), "agent.safetensors: header length 0 exceeds"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -124,6 +125,24 @@ def test_a_resume_falls_back_when_the_newest_checkpoint_is_damaged(
     assert "resumed at 80 env steps" in result.err
     assert "falling back to step_00000080" in (run / "log.txt").read_text()
     assert (run / "checkpoints/damaged-step_00000120").is_dir()  # out of the way of the new one
+    assert fingerprint(run) == fingerprint(undisturbed)
+
+
+def test_a_resume_falls_back_when_the_newest_checkpoint_holds_something_else(
+    pywm: Commands, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert pywm(*TINY, "--run-dir", run, "--steps", 120).code == 0
+    newest = run / "checkpoints/step_00000120"
+    data = json.loads((newest / "state.json").read_text()) | {"run": [1]}
+    raw = json.dumps(data).encode()
+    (newest / "state.json").write_bytes(raw)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["files"]["state.json"] = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    result = pywm(*RESUME, run, "--steps", 160)
+    assert result.code == 0
+    assert "step_00000120: state.json: run is [1], but expected an object; falling back to" in result.err
     assert fingerprint(run) == fingerprint(undisturbed)
 
 
@@ -258,7 +277,11 @@ def test_on_a_full_disk_training_goes_on_and_the_checkpoint_before_stays(
     assert result.code == 2
     assert "checkpoint at 120 env steps not written ([Errno 27] File too large" in result.err
     assert "training goes on, the last good one is step_00000080" in result.err
-    assert "the final checkpoint at 160 env steps was not written; the last good checkpoint is" in result.err
+    [final] = [line for line in result.err.splitlines() if "the final checkpoint at 160 env steps" in line]
+    assert "was not written ([Errno 27] File too large" in final
+    assert f"the last good checkpoint is {run}/checkpoints/step_00000080. Go on with:" in final
+    assert result.err.rstrip().endswith(f"pywm train tiny CartPole-v1 --run-dir {run} --resume")
+    assert result.err.count("not written") == 2  # at 120 and at the end
     assert steps_of(run)[-1] == 160
     assert [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")] == []
     assert checkpoint.load(run / "checkpoints").step == 80

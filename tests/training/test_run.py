@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -154,6 +155,57 @@ def test_a_run_from_the_beginning_seeds_the_random_generators(tmp_path: Path) ->
         with open_run(tmp_path / name):
             drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
     assert drawn[0] == drawn[1]
+
+
+def test_a_disk_that_is_full_at_the_end_is_told_once_with_the_way_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with open_run(tmp_path) as run:
+        run.save(90, agent_state())
+    good, going_on = tmp_path / "checkpoints/step_00000090", "resume=True), ...)"
+    monkeypatch.setattr(checkpoint, "save", full)
+
+    def train() -> None:
+        with open_run(tmp_path, resume=True) as run:
+            assert run.save(95, agent_state()) is None
+            assert run.checkpoint_due(100)
+            assert run.save(100, agent_state()) is None
+            run.finish(100, agent_state())
+
+    with pytest.raises(CheckpointError) as caught:
+        train()
+    message = str(caught.value)
+    assert message.startswith(
+        "the final checkpoint at 100 env steps was not written ([Errno 28] No space left"
+    )
+    assert f"the last good checkpoint is {good}. Go on with:\n" in message
+    assert message.endswith(going_on)
+    assert caplog.text.count("not written") == 1  # that of step 95, after which training goes on
+    assert "checkpoint at 95 env steps not written" in caplog.text
+    assert going_on not in caplog.text
+    nothing = pytest.raises(CheckpointError, match=r"was not written \(.*\); there is no checkpoint")
+    with nothing, open_run(tmp_path / "new") as run:
+        run.finish(100, agent_state())
+
+
+def test_generators_of_a_device_that_do_not_fit_are_an_error_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_run(tmp_path) as run:
+        run.save(10, agent_state())
+
+    def refuse(state: State) -> None:
+        raise RuntimeError("RNG state is wrong size")
+
+    with open_run(tmp_path, resume=True) as run:
+        monkeypatch.setattr(checkpoint, "set_rng_state", refuse)
+        with pytest.raises(
+            CheckpointError, match=r"step_00000010: random generator state: RNG state is wrong"
+        ):
+            run.restore_rng()
 
 
 # Metrics.
@@ -347,10 +399,17 @@ def test_one_process_has_one_run_in_a_directory(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("name", ["checkpoint_every", "keep_last"])
-def test_periods_are_positive(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"Run.open: {name} is 0, but expected 1 or more"):
-        open_run(tmp_path, **{name: 0})
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("checkpoint_every", 1), ("keep_last", 1), ("eval_episodes", 1), ("stop_at", 1), ("eval_every", 0),
+     ("log_every", 0)],
+)  # fmt: skip
+def test_counts_and_periods_are_positive(name: str, least: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"Run.open: {name} is {least - 1}, but expected {least} or more"):
+        open_run(tmp_path / "run", **{name: least - 1})
+    assert not (tmp_path / "run").exists()
+    with open_run(tmp_path / "run", **{name: least}):
+        pass
 
 
 def test_fresh_keeps_what_was_there_aside(tmp_path: Path) -> None:
@@ -375,7 +434,11 @@ def test_a_failed_open_releases_the_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"algo": 1, "env": "e", "seed": 0, "config": {}}', "[" * 99_999, "\udcff"]
+    "text",
+    [
+        *("", "[]", "{}", '{"algo": 1, "env": "e", "seed": 0, "config": {}}', "[" * 99_999, "\udcff"),
+        '{"algo": "a", "env": "e", "seed": 0, "config": {}, "run": [1]}',
+    ],
 )
 def test_a_config_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text, errors="surrogateescape")
@@ -453,6 +516,7 @@ def test_tensorboard_and_wandb_are_extras(tmp_path: Path, monkeypatch: pytest.Mo
         message = rf'{option} is not installed. Install it with: pip install "pywm\[{extra}\]"'
         with pytest.raises(MissingExtra, match=message):
             open_run(tmp_path / option, **{option: True})
+        assert not (tmp_path / option).exists()
         monkeypatch.delitem(sys.modules, option)
 
 
