@@ -192,7 +192,7 @@ def run_loop(task: Task, seed: int) -> tuple[float, float]:
         gymnasium.register_envs(ale_py)
         envs = gymnasium.make_vec(
             task.env, task.num_envs, vectorization_mode="vector_entry_point",
-            vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
+            autoreset_mode=AutoresetMode.SAME_STEP,
         )  # fmt: skip
     else:
         envs = gymnasium.make_vec(

@@ -166,8 +166,11 @@ struct BackwardRows {
   OutRow<S> reward, value, next_value;
 
   BackwardRows(const GaeBackwardArgs<S>& a, bool stream)
-      : grad_advantage(a.grad_advantage), grad_returns(a.grad_returns), reward(a.grad_reward, stream),
-        value(a.grad_value, stream), next_value(a.grad_next_value, stream) {}
+      : grad_advantage(a.grad_advantage),
+        grad_returns(a.grad_returns),
+        reward(a.grad_reward, stream),
+        value(a.grad_value, stream),
+        next_value(a.grad_next_value, stream) {}
 };
 
 template <typename S, bool kMasked, int kColumns>

@@ -53,7 +53,7 @@ class NatureCNN(nn.Module):
         """Map uint8 images ``[B, C, height, width]`` to features ``[B, width]``."""
         # oneDNN convolves, and above all differentiates, channels that lie side by side a quarter faster on CPUs.
         layout = torch.channels_last if x.device.type == "cpu" else torch.contiguous_format
-        x = x.contiguous(memory_format=layout) / 255
+        x = torch.empty(x.shape, device=x.device, memory_format=layout).copy_(x).div_(255)
         for conv in self.convs:
             x = torch.relu_(conv(x))
         return torch.relu_(self.linear(x.flatten(1)))
