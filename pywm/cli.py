@@ -286,7 +286,7 @@ def _run_training(
 ) -> int:
     from pywm.config import to_json
     from pywm.envs import make
-    from pywm.ops import backend
+    from pywm.ops import _native, backend
     from pywm.training.run import Run
 
     env = given.env
@@ -297,7 +297,7 @@ def _run_training(
     log.info("%s", note)
     served = backend().get(device.partition(":")[0])
     if served is not None and served.name == "reference":
-        log.warning("compiled kernels are not used: %s", served.why)
+        _native.tell(served.why)
     with Run.open(
         options,
         algo=given.algo,

@@ -334,7 +334,7 @@ def not_a_tensor(case: Case, name: str, x: Tensor) -> bool:
         x.numpy() if x.dtype != torch.bfloat16 else np.zeros(3),
         x[:3].tolist() if x.ndim else x.item(),
         "tensor", b"tensor", object(), {}, (x,), [x],
-        range(3), np.float32(0.5), type(x), ..., 1j, x.shape,
+        range(3), np.datetime64("2026"), type(x), ..., 1j, x.shape,
         lambda: x,
     ]  # fmt: skip
     new = case.rng.choice(choices)
@@ -525,7 +525,7 @@ def number_of_another_kind(case: Case) -> bool:
         (float("inf"), Verdict.MAYBE), (10**400, Verdict.MAYBE), (1.0000001, Verdict.MAYBE), (0, Verdict.MAYBE),
         (1, Verdict.MAYBE), (1e-320, Verdict.MAYBE), (1e300, Verdict.MAYBE), ("0.9", Verdict.BAD), (b"", Verdict.BAD),
         (None, Verdict.MAYBE), (True, Verdict.MAYBE), (1 + 0j, Verdict.BAD), ([0.5], Verdict.BAD), (object(), Verdict.BAD),
-        (Fraction(1, 2), Verdict.BAD), (np.float32(0.5), Verdict.BAD), (np.float64(0.5), Verdict.MAYBE),
+        (Fraction(1, 2), Verdict.MAYBE), (np.float32(0.5), Verdict.MAYBE), (np.float64(0.5), Verdict.MAYBE),
         (np.array(0.5), Verdict.BAD), (tensor, Verdict.BAD), (tensor.to("meta"), Verdict.BAD), (float, Verdict.BAD),
     ]  # fmt: skip
     if name == "nvec":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import difflib
 import os
 from typing import Any
@@ -13,6 +14,14 @@ from gymnasium import spaces
 from pywm.errors import UserError, require_extra
 
 __all__ = ["DMControl"]
+
+
+def _gl_backend() -> str:
+    """Return the first way of rendering without a display whose library is there; training needs none."""
+    for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
+        if ctypes.util.find_library(library):
+            return name
+    return "disable"
 
 
 class DMControl(gymnasium.Env):
@@ -39,8 +48,8 @@ class DMControl(gymnasium.Env):
         camera: int = 0,
         render_mode: str | None = None,
     ) -> None:
-        # Without a display the default back end fails; EGL is the one that needs none. Read at import.
-        os.environ.setdefault("MUJOCO_GL", "egl")
+        # Without a display the default back end fails, when dm_control is imported; these two need none.
+        os.environ.setdefault("MUJOCO_GL", _gl_backend())
         self._suite = require_extra("dm_control.suite", "dmc")
         known = {f"{domain}_{name}": (domain, name) for domain, name in self._suite.ALL_TASKS}
         if task not in known:
@@ -85,7 +94,13 @@ class DMControl(gymnasium.Env):
         """Return the picture of the camera ``[height, width, 3]``."""
         if self.render_mode is None:
             return None
-        return np.asarray(self._env.physics.render(*self._size, camera_id=self._camera))
+        try:
+            return np.asarray(self._env.physics.render(*self._size, camera_id=self._camera))
+        except Exception as error:
+            raise UserError(
+                f"dmc:{self._domain}_{self._task}: no picture with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}); egl and "
+                "osmesa need no display: apt install libegl1 libosmesa6"
+            ) from error
 
     def close(self) -> None:
         """Free the simulator."""

@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 import io
 import json
+import logging
+import re
 import shlex
 import struct
 import sysconfig
@@ -110,6 +112,16 @@ def has_backend(device_type: str) -> bool:
     return device_type == "cpu" or (device_type == "cuda" and bool(_C.has_cuda))
 
 
+_told: set[str] = set()
+
+
+def tell(why: str) -> None:
+    """Warn, once in a process, that references serve where kernels could."""
+    if why not in _told:
+        _told.add(why)
+        logging.getLogger("pywm").warning("compiled kernels are not used: %s", why)
+
+
 def supports(x: Tensor) -> bool:
     """Whether this build has kernels for the device and dtype of ``x``."""
     return x.dtype in KERNEL_DTYPES and has_backend(x.device.type)
@@ -118,7 +130,7 @@ def supports(x: Tensor) -> bool:
 def entry(name: str) -> Callable[..., Any]:
     """Return the fast entry of op ``name``: it serves the call or returns None."""
     if _C is None:
-        return lambda *_: None
+        return lambda *_: tell(why_not)
     kernel: Callable[..., Any] | None = getattr(_C, name, None)
     if kernel is None:
         what = f"the compiled module has no {name}, for it was built from other sources"
@@ -209,4 +221,21 @@ def _of_device(device: str) -> Backend:
         return Backend("reference", f"built without CUDA kernels: {_C.cuda_reason}")
     if not torch.cuda.is_available():
         return Backend("reference", f"CUDA kernels are built, but torch sees no GPU ({_C.cuda_status()})")
-    return Backend("cuda", f"compiled kernels, {_C.cuda_reason}")
+    missing = _missing_architecture(_C.cuda_reason, torch.cuda.get_device_capability())
+    return Backend("none", missing) if missing else Backend("cuda", f"compiled kernels, {_C.cuda_reason}")
+
+
+def _missing_architecture(built: str, capability: tuple[int, int]) -> str:
+    """Say in one line that the kernels ``built`` for some GPUs do not run on one of this capability, or return ""."""
+    found = re.findall(r"(\d+)(-real|-virtual)?(?!\S)", built.partition("architectures ")[2])
+    major, minor = capability
+    for digits, kind in found:
+        arch = int(digits)
+        runs_as_it_is = kind != "-virtual" and arch // 10 == major and arch % 10 <= minor
+        if runs_as_it_is or (kind != "-real" and arch <= 10 * major + minor):
+            return ""
+    names = ", ".join(digits for digits, _ in found)
+    return (
+        f"sm_{major}{minor} is not among the architectures that the kernels were built for ({names}); mend it with: "
+        f"PYWM_CUDA_ARCHS={major}{minor} {mend()}"
+    )

@@ -402,7 +402,7 @@ using std::min;
 
 using cudaError_t = int;
 using cudaStream_t = void*;
-enum : int { cudaSuccess = 0 };
+enum : int { cudaSuccess = 0, cudaErrorNoKernelImageForDevice = 209 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from pywm.envs import Envs, make, split_keys
+from pywm.envs import Envs, dmc, make, split_keys
+from pywm.envs.dmc import DMControl
 from pywm.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -66,3 +67,27 @@ def test_minigrid() -> None:
     assert isinstance(envs.observation_space, spaces.Dict)
     assert split_keys(envs.observation_space) == ((), ("direction", "image"))
     run(envs)
+
+
+def test_dmc_says_what_rendering_needs(monkeypatch):
+    pytest.importorskip("dm_control.suite")
+    env = DMControl("cartpole_balance", render_mode="rgb_array")
+
+    def no_display(*size, camera_id):
+        raise RuntimeError("no display")
+
+    monkeypatch.setattr(
+        type(env._env.physics), "render", lambda self, *size, camera_id: no_display(camera_id=0)
+    )
+    with pytest.raises(
+        UserError, match=r"no picture with MUJOCO_GL=.* \(no display\).*apt install libegl1 libosmesa6"
+    ):
+        env.render()
+
+
+@pytest.mark.parametrize(
+    ("there", "chosen"), [({"EGL", "OSMesa"}, "egl"), ({"OSMesa"}, "osmesa"), (set(), "disable")]
+)
+def test_dmc_renders_with_what_is_there(monkeypatch, there, chosen):
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: name if name in there else None)
+    assert dmc._gl_backend() == chosen
