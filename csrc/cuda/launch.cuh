@@ -35,7 +35,8 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline void check_launch(const char* op) {
   const cudaError_t error = cudaGetLastError();
   if (error == cudaErrorNoKernelImageForDevice)
-    throw std::runtime_error(std::string(op) + ": the kernels were not built for this GPU; pywm.backend(x) tells for which");
+    throw std::runtime_error(std::string(op) +
+                             ": the kernels were not built for this GPU; pywm.backend(x) tells for which");
   if (error != cudaSuccess)
     throw std::runtime_error(std::string(op) + ": CUDA launch failed: " + cudaGetErrorString(error));
 }
