@@ -1,5 +1,9 @@
 """``python -m pywm`` is the command ``pywm``."""
 
+from __future__ import annotations
+
+import sys
+
 from pywm.cli import main
 
-raise SystemExit(main())
+sys.exit(main())

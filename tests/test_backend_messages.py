@@ -31,6 +31,11 @@ def test_virtual_architectures_are_compiled_for_newer_gpus_only():
     assert _native._missing_architecture("architectures 90-virtual", (8, 9)) != ""
 
 
+@pytest.mark.parametrize("built", ["architectures native", "architectures 90a-real", "nvcc 13.0"])
+def test_names_of_architectures_that_say_nothing_against_this_gpu(built):
+    assert _native._missing_architecture(built, (9, 0)) == ""
+
+
 def test_missing_module_is_told_once(monkeypatch, caplog):
     monkeypatch.setattr(_native, "_C", None)
     monkeypatch.setattr(_native, "why_not", "no compiler; mend it with: this command")

@@ -227,7 +227,9 @@ def _of_device(device: str) -> Backend:
 
 def _missing_architecture(built: str, capability: tuple[int, int]) -> str:
     """Say in one line that the kernels ``built`` for some GPUs do not run on one of this capability, or return ""."""
-    found = re.findall(r"(\d+)(-real|-virtual)?(?!\S)", built.partition("architectures ")[2])
+    found = re.findall(r"(\d+)[af]?(-real|-virtual)?(?!\S)", built.partition("architectures ")[2])
+    if not found:  # "native" and the like: only a launch can tell
+        return ""
     major, minor = capability
     for digits, kind in found:
         arch = int(digits)
