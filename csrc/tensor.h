@@ -27,6 +27,13 @@ struct View {  // DLTensor: borrowed, valid as long as the tensor is not resized
   int64_t* strides;
   uint64_t byte_offset;
 };
+struct Managed {  // DLManagedTensorVersioned: a tensor that whoever takes it over frees through `deleter`
+  Version version;
+  void* context;
+  void (*deleter)(Managed* self);
+  uint64_t flags;
+  View view;
+};
 struct Header {
   Version version;
   Header* prev;
@@ -35,11 +42,12 @@ struct Exchange {  // DLPackExchangeAPI, major version 1
   Header header;
   void* allocate;
   void* managed_from_python;
-  void* managed_to_python;
+  int (*managed_to_python)(Managed* taken, void** out);
   int (*view_from_python)(void* object, View* out);
   int (*current_stream)(int32_t device_type, int32_t device_id, void** out);
 };
-static_assert(sizeof(View) == 48 && offsetof(View, shape) == 24 && offsetof(Exchange, view_from_python) == 40);
+static_assert(sizeof(View) == 48 && offsetof(View, shape) == 24 && offsetof(Managed, view) == 32 &&
+              offsetof(Exchange, view_from_python) == 40);
 
 enum : int32_t { kCPU = 1, kCUDA = 2 };
 enum : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBool = 6 };

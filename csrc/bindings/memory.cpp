@@ -1,0 +1,138 @@
+#include "memory.h"
+
+#include <array>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+
+namespace pywm::bindings {
+namespace {
+
+constexpr size_t kAlignment = 64;
+
+// Smaller blocks come back from the C library without page faults.
+constexpr size_t kSmallestKept = size_t{1} << 16;
+// The outputs of GAE at 1024 x 4096, and again as much; what lies here idle is lost to the rest of the process.
+constexpr size_t kKeptBytes = size_t{64} << 20;
+constexpr int kSlots = 32;
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kKeepBlocks = false;  // so that a use after the end is found
+#else
+constexpr bool kKeepBlocks = true;
+#endif
+
+// The head of a block; the numbers follow at the next multiple of kAlignment.
+struct Block {
+  abi::Managed managed;
+  int64_t shape[kMaxRank], strides[kMaxRank];
+  void* start;      // what to free
+  size_t capacity;  // bytes for numbers
+};
+
+// Nobody waits here: who finds it taken, by another thread or by one that a fork left behind, goes to the C library.
+class Kept {
+ public:
+  Block* take(size_t capacity) {
+    if (taken_.test_and_set(std::memory_order_acquire)) return nullptr;
+    Block* found = nullptr;
+    for (int i = count_ - 1; i >= 0; --i)  // the newest is the warmest
+      if (slots_[i]->capacity >= capacity && slots_[i]->capacity - capacity <= capacity / 8) {
+        found = slots_[i];
+        remove(i);
+        break;
+      }
+    taken_.clear(std::memory_order_release);
+    return found;
+  }
+
+  void give(Block* block) {
+    if (block->capacity > kKeptBytes / 2 || taken_.test_and_set(std::memory_order_acquire)) {
+      std::free(block->start);
+      return;
+    }
+    std::array<Block*, kSlots> old;
+    int evicted = 0;
+    while (count_ == kSlots || (count_ > 0 && bytes_ + block->capacity > kKeptBytes)) {
+      old[evicted++] = slots_[0];
+      remove(0);
+    }
+    slots_[count_++] = block;
+    bytes_ += block->capacity;
+    taken_.clear(std::memory_order_release);
+    for (int i = 0; i < evicted; ++i) std::free(old[i]->start);
+  }
+
+ private:
+  void remove(int i) {
+    bytes_ -= slots_[i]->capacity;
+    std::memmove(&slots_[i], &slots_[i + 1], (--count_ - i) * sizeof(Block*));
+  }
+
+  std::atomic_flag taken_ = ATOMIC_FLAG_INIT;
+  std::array<Block*, kSlots + 1> slots_{};
+  int count_ = 0;
+  size_t bytes_ = 0;
+};
+
+// Never destroyed: tensors may outlive every static object.
+Kept& kept = *new Kept;
+std::atomic<bool> poisoned{false};
+
+void give_back(abi::Managed* managed) {
+  auto* block = static_cast<Block*>(managed->context);
+  if (kKeepBlocks && block->capacity >= kSmallestKept)
+    kept.give(block);
+  else
+    std::free(block->start);
+}
+
+Block* find_block(size_t bytes) {
+  size_t capacity = bytes;
+  if (kKeepBlocks && bytes >= kSmallestKept) {
+    capacity = (bytes + 4095) / 4096 * 4096;  // sizes that differ a little share blocks
+    if (Block* block = kept.take(capacity)) return block;
+  }
+  constexpr size_t kHead = (sizeof(Block) + kAlignment - 1) / kAlignment * kAlignment;
+  if (capacity > std::numeric_limits<size_t>::max() / 2) return nullptr;
+  void* start = std::malloc(kHead + kAlignment + capacity);  // aligned_alloc is slower for small blocks
+  if (!start) return nullptr;
+  const auto address = (reinterpret_cast<uintptr_t>(start) + kAlignment - 1) / kAlignment * kAlignment;
+  auto* block = new (reinterpret_cast<void*>(address)) Block{};
+  block->start = start;
+  block->capacity = capacity;
+  block->managed = {{1, 0}, block, give_back, 0, {}};
+  block->managed.view.data = reinterpret_cast<void*>(address + kHead);
+  return block;
+}
+
+}  // namespace
+
+abi::Managed* new_block(abi::DType dtype, const int64_t* shape, int rank, void** data) {
+  size_t bytes = dtype.bits / 8;
+  for (int i = 0; i < rank; ++i)
+    if (__builtin_mul_overflow(bytes, static_cast<size_t>(shape[i]), &bytes)) return nullptr;
+  Block* block = find_block(bytes);
+  if (!block) return nullptr;
+  int64_t stride = 1;
+  for (int i = rank - 1; i >= 0; --i) {
+    block->shape[i] = shape[i];
+    block->strides[i] = stride;
+    stride *= shape[i] > 1 ? shape[i] : 1;  // as torch counts them
+  }
+  abi::View& view = block->managed.view;
+  view.device = {abi::kCPU, 0};
+  view.ndim = rank;
+  view.dtype = dtype;
+  view.shape = block->shape;
+  view.strides = block->strides;
+  if (poisoned.load(std::memory_order_relaxed)) std::memset(view.data, 0xFF, bytes);
+  *data = view.data;
+  return &block->managed;
+}
+
+void poison(bool on) { poisoned.store(on, std::memory_order_relaxed); }
+
+}  // namespace pywm::bindings

@@ -1,0 +1,41 @@
+// The module pywm._C.
+
+#include <pybind11/stl.h>
+
+#include "../cpu/parallel.h"
+#include "bindings.h"
+#include "memory.h"
+
+PYBIND11_MODULE(_C, m) {
+  using namespace pywm::bindings;
+  m.doc() = "Compiled kernels of pywm. Private: call pywm.ops instead.";
+  find_torch();
+  pywm::cpu::kernels();  // an unusable PYWM_CPU_ISA is an error now, not at the first call
+  for (const char* name : {"gae", "gae_backward", "lambda_return", "lambda_return_backward", "discounted_return",
+                           "discounted_return_backward", "vtrace", "vtrace_backward", "ppo_loss_categorical",
+                           "ppo_loss_gaussian", "mlp", "mlp_backward", "adam_step_"})
+    counter(name);
+
+  m.attr("__version__") = PYWM_VERSION;
+  m.attr("cuda_reason") = PYWM_CUDA_REASON;
+  m.attr("max_groups") = pywm::kMaxGroups;
+#if defined(PYWM_WITH_CUDA)
+  m.attr("has_cuda") = true;
+  m.def("cuda_device_count", &pywm::cuda::device_count);
+  m.def("cuda_status", &pywm::cuda::status);
+#else
+  m.attr("has_cuda") = false;
+  m.def("cuda_device_count", [] { return 0; });
+  m.def("cuda_status", [] { return "built without CUDA"; });
+#endif
+  m.def("cpu_isa", [] { return pywm::cpu::kernels().name; }, "Instruction set of the CPU kernels in use.");
+  m.def("cpu_isas", [] { return pywm::cpu::available_isas(); }, "Instruction sets that this machine can run.");
+  m.def("num_threads", &pywm::cpu::num_threads, "Threads that a large call would use now.");
+  m.def("calls", &calls, "How often each kernel ran so far: name -> (CPU, CUDA).");
+  m.def("poison", &poison, "on"_a, "Fill new outputs on the CPU with NaN before the kernels write them; for tests.");
+
+  define_returns(m);
+  define_ppo_loss(m);
+  define_mlp(m);
+  define_adam_step(m);
+}
