@@ -146,7 +146,9 @@ def test_includes_only_allowed_headers(path: Path) -> None:
     system = {"cpu": {"immintrin.h", "dlfcn.h", "pthread.h"}, "math": set(), "cuda": set()}
     for header in includes(path):
         standard = re.fullmatch(r"[a-z_]+", header)
-        assert standard or header in system.get(folder, set()) or re.fullmatch(ALLOWED_HEADERS[folder], header), header
+        assert (
+            standard or header in system.get(folder, set()) or re.fullmatch(ALLOWED_HEADERS[folder], header)
+        ), header
 
 
 @sources
