@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "macros.h"
+
 namespace pywm {
 
 using Stream = void*;  // cudaStream_t, kept opaque so that CPU-only builds need no CUDA headers
@@ -170,7 +172,90 @@ struct AdamArgs {
   double lr, beta1, beta2, eps, max_grad_norm;
 };
 
+enum class RssmCell { kBlockGru, kLayerNormGru, kGru, kGruBlock };
+enum class Norm { kNone, kRms, kLayer };
+
+// The form of a recurrent state-space model, and its sizes: deter D, hidden layers H, stoch `groups` of `classes`
+// (Gaussian: classes is 0), blocks of the block-diagonal layers.
+struct RssmForm {
+  RssmCell cell;
+  Norm norm;              // of the hidden layers
+  Activation activation;  // likewise
+  int64_t D, H, groups, classes, blocks;
+  double unimix, eps, cell_eps, min_std;
+  bool sigmoid_std;  // std = 2·sigmoid(x / 2) + min_std instead of softplus(x) + min_std
+
+  PYWM_HD bool gaussian() const { return classes == 0; }
+  PYWM_HD int64_t stoch() const { return gaussian() ? groups : groups * classes; }      // width of a sample
+  PYWM_HD int64_t stats() const { return gaussian() ? 2 * groups : groups * classes; }  // and of what it is drawn from
+};
+
+// weight [out, in], `ld` elements a row; null where a layer has none of the others.
+template <typename S>
+struct RssmLayer {
+  const S* weight;
+  int64_t ld;
+  const S *bias, *scale, *shift;
+};
+
+// What a step of the scan reads; the hidden layers of the cell take x = [deter_in, stoch_in] (block_gru) or stoch_in.
+//   block_gru      hidden [G, D/G, D/G + 2H ..], its bias in action_proj; gates [G, 3D/G, D/G]
+//   layernorm_gru  gates [3D, H + D] with scale and shift
+//   gru            gates [3D, H] of x, candidate [3D, D] of deter, both with bias
+//   gru_block      gates [2D, H + D], candidate [D, H + D]
+template <typename S>
+struct RssmWeights {
+  RssmLayer<S> deter_in, stoch_in, hidden, gates, candidate, head, out;
+};
+
+// One window of T rows for N sequences. What does not depend on the recurrence comes in as products:
+// token_proj [T, N, H] = embed·W + b of the head, action_proj [T, N, D] (block_gru: into `hidden`) or [T, N, H] (into
+// stoch_in), stoch_proj [N, H] = the initial stoch times stoch_in. noise [T, N, groups]: uniforms, or normals.
+// Kept for the backward pass, or null: u [T, N, 2H or H], the pre-activations of x; cell1, cell2: those of the cell
+// (block_gru: hidden [D] and gates [3D]; layernorm_gru: gates [3D]; gru: gates and candidate [3D]; gru_block: [2D] and
+// [D]); o [T, N, H] of the head.
+template <typename S>
+struct RssmObserveArgs {
+  RssmForm form;
+  RssmWeights<S> w;
+  const S *token_proj, *action_proj, *deter0, *stoch_proj, *noise;
+  const uint8_t *is_first, *force_index;
+  const S* force_stoch;
+  S *deter, *stats, *stoch;
+  uint8_t* index;
+  S *u, *cell1, *cell2, *o;
+  S* scratch;  // rssm_observe_workspace elements
+  int64_t T, N;
+};
+
+// Gradients that come in: of deter, stats, stoch (null: zero). Out: of the initial deter [N, D] and of stoch_proj
+// [N, H], and of every pre-activation as named above. The inputs of the products come along: x [T, N, 2H or H],
+// y [T, N, D] (block_gru: of gates; gru_block: reset deter, of the candidate), head [T, N, H].
+// norms: gradients of all scales and shifts, one after another: deter_in, stoch_in, hidden or gates, head.
+template <typename S>
+struct RssmObserveBackwardArgs {
+  RssmForm form;
+  RssmWeights<S> w;
+  const S *grad_deter, *grad_stats, *grad_stoch;
+  const S *deter0, *deter, *stats, *noise;
+  const uint8_t* is_first;
+  const S *u, *cell1, *cell2, *o;
+  S *grad_deter0, *grad_stoch_proj, *grad_stats_total, *grad_o, *grad_cell1, *grad_cell2, *grad_u;
+  S *x, *y, *head, *norms;
+  S* scratch;             // rssm_observe_backward_workspace elements
+  int64_t T, N, members;  // members: threads that the workspace is for
+};
+
 namespace cpu {
+
+template <typename S>
+int64_t rssm_observe_workspace(const RssmForm& form, int64_t N, bool keep);
+template <typename S>
+void rssm_observe(const RssmObserveArgs<S>&);
+template <typename S>
+int64_t rssm_observe_backward_workspace(const RssmForm& form, int64_t N, int64_t members);
+template <typename S>
+void rssm_observe_backward(const RssmObserveBackwardArgs<S>&);
 
 template <typename S>
 void gae(const GaeArgs<S>&);

@@ -31,6 +31,7 @@ void define_returns(py::module_& m);
 void define_ppo_loss(py::module_& m);
 void define_mlp(py::module_& m);
 void define_adam_step(py::module_& m);
+void define_rssm(py::module_& m);
 
 // ---- torch, looked up once -----------------------------------------------------------------------------------------
 
@@ -156,6 +157,15 @@ class Call {
         !abi::is_contiguous(v))
       return refuse();
     return static_cast<const int64_t*>(data(v));
+  }
+
+  // uint8 of the first `rank` sizes of `like`, then `extra`.
+  const uint8_t* bytes(py::handle object, const View& like, int rank, int64_t extra) {
+    View v;
+    if (!ok_ || !view_of(object, v) || v.dtype.code != abi::kUInt || v.dtype.bits != 8 || v.dtype.lanes != 1 ||
+        !fits(v, like, rank, extra) || !abi::is_contiguous(v))
+      return refuse();
+    return static_cast<const uint8_t*>(data(v));
   }
 
   double number(py::handle object, double low, double high);

@@ -31,7 +31,7 @@ const abi::Exchange* find_exchange_api(py::handle tensor_type) {
 
 PyObject* forever(py::object object) { return object.release().ptr(); }
 
-std::array<Counter, 16> counters;
+std::array<Counter, 64> counters;
 
 }  // namespace
 

@@ -344,22 +344,47 @@ void adam_step(const AdamArgs<S>& a) {
   });
 }
 
-#define PYWM_INSTANTIATE(S)                                                         \
-  template void gae(const GaeArgs<S>&);                                             \
-  template void gae_backward(const GaeBackwardArgs<S>&);                            \
-  template void lambda_return(const LambdaReturnArgs<S>&);                          \
-  template void lambda_return_backward(const LambdaReturnBackwardArgs<S>&);         \
-  template void discounted_return(const DiscountedReturnArgs<S>&);                  \
-  template void discounted_return_backward(const DiscountedReturnBackwardArgs<S>&); \
-  template void vtrace(const VtraceArgs<S>&);                                       \
-  template void vtrace_backward(const VtraceBackwardArgs<S>&);                      \
-  template void ppo_loss_categorical(const PpoLossCategoricalArgs<S>&);             \
-  template void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&);                   \
-  template void mlp(const MlpArgs<S>&);                                             \
-  template void mlp_backward(const MlpBackwardArgs<S>&);                            \
-  template int64_t mlp_workspace<S>(const int64_t*, int64_t);                       \
-  template int64_t mlp_backward_workspace<S>(const int64_t*, int64_t);              \
-  template void adam_step(const AdamArgs<S>&);
+template <typename S>
+int64_t rssm_observe_workspace(const RssmForm& form, int64_t N, bool keep) {
+  return of<S>(kernels()).rssm_observe_workspace(form, N, keep);
+}
+template <typename S>
+void rssm_observe(const RssmObserveArgs<S>& a) {
+  run_team(num_threads(), const_cast<RssmObserveArgs<S>*>(&a), [](void* context, const Team& team) {
+    of<S>(kernels()).rssm_observe(*static_cast<const RssmObserveArgs<S>*>(context), team);
+  });
+}
+template <typename S>
+int64_t rssm_observe_backward_workspace(const RssmForm& form, int64_t N, int64_t members) {
+  return of<S>(kernels()).rssm_observe_backward_workspace(form, N, members);
+}
+template <typename S>
+void rssm_observe_backward(const RssmObserveBackwardArgs<S>& a) {
+  run_team(a.members, const_cast<RssmObserveBackwardArgs<S>*>(&a), [](void* context, const Team& team) {
+    of<S>(kernels()).rssm_observe_backward(*static_cast<const RssmObserveBackwardArgs<S>*>(context), team);
+  });
+}
+
+#define PYWM_INSTANTIATE(S)                                                               \
+  template void gae(const GaeArgs<S>&);                                                   \
+  template void gae_backward(const GaeBackwardArgs<S>&);                                  \
+  template void lambda_return(const LambdaReturnArgs<S>&);                                \
+  template void lambda_return_backward(const LambdaReturnBackwardArgs<S>&);               \
+  template void discounted_return(const DiscountedReturnArgs<S>&);                        \
+  template void discounted_return_backward(const DiscountedReturnBackwardArgs<S>&);       \
+  template void vtrace(const VtraceArgs<S>&);                                             \
+  template void vtrace_backward(const VtraceBackwardArgs<S>&);                            \
+  template void ppo_loss_categorical(const PpoLossCategoricalArgs<S>&);                   \
+  template void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&);                         \
+  template void mlp(const MlpArgs<S>&);                                                   \
+  template void mlp_backward(const MlpBackwardArgs<S>&);                                  \
+  template int64_t mlp_workspace<S>(const int64_t*, int64_t);                             \
+  template int64_t mlp_backward_workspace<S>(const int64_t*, int64_t);                    \
+  template void adam_step(const AdamArgs<S>&);                                            \
+  template int64_t rssm_observe_workspace<S>(const RssmForm&, int64_t, bool);             \
+  template void rssm_observe(const RssmObserveArgs<S>&);                                  \
+  template int64_t rssm_observe_backward_workspace<S>(const RssmForm&, int64_t, int64_t); \
+  template void rssm_observe_backward(const RssmObserveBackwardArgs<S>&);
 PYWM_INSTANTIATE(float)
 PYWM_INSTANTIATE(double)
 

@@ -8,6 +8,7 @@
 
 #include "../math/adam.h"
 #include "../ops.h"
+#include "parallel.h"
 
 namespace pywm::cpu {
 
@@ -48,6 +49,10 @@ struct KernelsOf {
   void (*mlp_backward_pack)(const MlpBackwardArgs<S>&, int64_t begin, int64_t end);
   void (*mlp_backward)(const MlpBackwardArgs<S>&, int64_t begin, int64_t end);
   void (*mlp_backward_weights)(const MlpBackwardArgs<S>&, int64_t begin, int64_t end);
+  int64_t (*rssm_observe_workspace)(const RssmForm&, int64_t N, bool keep);
+  void (*rssm_observe)(const RssmObserveArgs<S>&, const Team&);
+  int64_t (*rssm_observe_backward_workspace)(const RssmForm&, int64_t N, int64_t members);
+  void (*rssm_observe_backward)(const RssmObserveBackwardArgs<S>&, const Team&);
   double (*sum_of_squares)(const S* x, int64_t n);
   void (*adam_update)(const AdamArgs<S>&, const math::AdamFactors<S>&, int64_t begin, int64_t end);
 };

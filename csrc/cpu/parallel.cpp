@@ -6,6 +6,7 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -72,7 +73,49 @@ void run_region(void* pointer) {
   }
 }
 
+struct Barrier {
+  alignas(64) std::atomic<int64_t> arrived{0};
+  alignas(64) std::atomic<int64_t> phase{0};
+};
+
+struct TeamJob {
+  void* context;
+  TeamFn fn;
+  Barrier barrier;
+};
+
+void run_member(void* pointer) {
+  TeamJob& job = *static_cast<TeamJob*>(pointer);
+  job.fn(job.context, Team{openmp().thread_num(), openmp().num_threads(), &job.barrier});
+}
+
 }  // namespace
+
+void Team::wait(void* pointer, int64_t size) {
+  // A busy core may run one member only: after this many looks (some microseconds) the others let it have its turn.
+  constexpr int kSpins = 4000;
+  Barrier& barrier = *static_cast<Barrier*>(pointer);
+  const int64_t phase = barrier.phase.load(std::memory_order_relaxed);
+  if (barrier.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+    barrier.arrived.store(0, std::memory_order_relaxed);
+    barrier.phase.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; barrier.phase.load(std::memory_order_acquire) == phase; ++spins) {
+    if (spins >= kSpins) sched_yield();
+#if defined(__x86_64__)
+    else
+      __builtin_ia32_pause();
+#endif
+  }
+}
+
+void run_team(int64_t members, void* context, TeamFn fn) {
+  members = std::min<int64_t>(members, num_threads());
+  if (members <= 1) return fn(context, Team{0, 1, nullptr});
+  TeamJob job{context, fn, {}};
+  openmp().parallel(run_member, &job, static_cast<unsigned>(members), 0);
+}
 
 int num_threads() {
   const OpenMP& omp = openmp();

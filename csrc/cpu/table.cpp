@@ -14,6 +14,7 @@ void fill_vtrace(Kernels&);
 void fill_ppo_loss(Kernels&);
 void fill_mlp(Kernels&);
 void fill_adam(Kernels&);
+void fill_rssm_observe(Kernels&);
 
 const Kernels& table() {
   static Kernels filled = [] {
@@ -26,6 +27,7 @@ const Kernels& table() {
     fill_ppo_loss(kernels);
     fill_mlp(kernels);
     fill_adam(kernels);
+    fill_rssm_observe(kernels);
     return kernels;
   }();
   return filled;

@@ -1,0 +1,303 @@
+// Recurrent state-space models: whole windows in one call.
+
+#include <array>
+
+#include "../cpu/parallel.h"
+#include "bindings.h"
+
+namespace pywm::bindings {
+namespace {
+
+// cell, norm, activation, D, H, groups, classes, blocks, unimix, eps, cell_eps, min_std, sigmoid_std
+bool read_form(py::handle object, RssmForm& f) {
+  if (!PyTuple_Check(object.ptr()) || PyTuple_GET_SIZE(object.ptr()) != 13) return false;
+  const auto integer = [&](int i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(object.ptr(), i)); };
+  const auto real = [&](int i) { return PyFloat_AsDouble(PyTuple_GET_ITEM(object.ptr(), i)); };
+  f = {static_cast<RssmCell>(integer(0)),
+       static_cast<Norm>(integer(1)),
+       static_cast<Activation>(integer(2)),
+       integer(3),
+       integer(4),
+       integer(5),
+       integer(6),
+       integer(7),
+       real(8),
+       real(9),
+       real(10),
+       real(11),
+       integer(12) != 0};
+  if (PyErr_Occurred()) {
+    PyErr_Clear();
+    return false;
+  }
+  return f.D > 0 && f.H > 0 && f.groups > 0 && f.classes >= 0 && f.classes <= 256 && f.blocks > 0 &&
+         f.D % f.blocks == 0;
+}
+
+constexpr int kLayers = 7, kParts = 4;
+
+// Seven layers of four tensors or None each: weight, bias, scale, shift; see RssmWeights.
+struct WeightTensors {
+  std::array<std::array<const void*, kParts>, kLayers> pointers{};
+  std::array<int64_t, kLayers> ld{};
+
+  bool read(Call& call, py::handle list, const RssmForm& f) {
+    if (!PyTuple_Check(list.ptr()) || PyTuple_GET_SIZE(list.ptr()) != kLayers * kParts) return false;
+    for (int layer = 0; layer < kLayers; ++layer)
+      for (int part = 0; part < kParts; ++part) {
+        py::handle tensor = PyTuple_GET_ITEM(list.ptr(), layer * kParts + part);
+        if (tensor.is_none()) continue;
+        View v;
+        const bool blocks = layer == 2 || (layer == 3 && f.cell == RssmCell::kBlockGru);
+        pointers[layer][part] = part > 0 ? call.floats(tensor, {-1}, v)
+                                : blocks ? call.floats(tensor, {f.blocks, -1, -1}, v)
+                                         : call.floats(tensor, {-1, -1}, v);
+        if (!call.ok()) return false;
+        const int64_t width = v.shape[v.ndim - 1], rows = part > 0 ? width : v.shape[v.ndim - 2];
+        if (rows < least_rows(f, layer, part) || (part == 0 && width < least_width(f, layer))) return false;
+        if (part == 0) ld[layer] = width;
+      }
+    return pointers[1][0] && pointers[3][0] && pointers[5][0] && pointers[6][0];
+  }
+
+  // What the kernels will read of a layer, so that a wrong tensor is refused here and not read past its end.
+  static int64_t least_rows(const RssmForm& f, int layer, int part) {
+    const int64_t Dg = f.D / f.blocks;
+    const bool block = f.cell == RssmCell::kBlockGru, planet = f.cell == RssmCell::kGruBlock;
+    switch (layer) {
+      case 2:
+        return part == 0 ? Dg : f.D;
+      case 3:
+        return block ? (part == 0 ? 3 * Dg : 3 * f.D) : (planet ? 2 : 3) * f.D;
+      case 4:
+        return (planet ? 1 : 3) * f.D;
+      case 6:
+        return f.stats();
+      default:
+        return f.H;
+    }
+  }
+  static int64_t least_width(const RssmForm& f, int layer) {
+    const int64_t Dg = f.D / f.blocks;
+    const bool block = f.cell == RssmCell::kBlockGru, gru = f.cell == RssmCell::kGru;
+    switch (layer) {
+      case 1:
+        return f.stoch();
+      case 2:
+        return Dg + 2 * f.H;
+      case 3:
+        return block ? Dg : (gru ? f.H : f.H + f.D);
+      case 4:
+        return gru ? f.D : f.H + f.D;
+      case 6:
+        return f.H;
+      default:
+        return f.D;
+    }
+  }
+
+  template <typename S>
+  RssmWeights<S> weights() const {
+    const auto layer = [&](int i) {
+      return RssmLayer<S>{in<S>(pointers[i][0]), ld[i], in<S>(pointers[i][1]), in<S>(pointers[i][2]),
+                          in<S>(pointers[i][3])};
+    };
+    return {layer(0), layer(1), layer(2), layer(3), layer(4), layer(5), layer(6)};
+  }
+};
+
+// Whether the form's layers all came: bindings are private, but a null pointer must not reach a kernel.
+bool complete(const RssmForm& f, const WeightTensors& w) {
+  const auto has = [&](int layer, bool norm) {
+    const auto& p = w.pointers[layer];
+    return p[0] && (!norm || f.norm == Norm::kNone || p[2]) && (!norm || f.norm != Norm::kLayer || p[3]);
+  };
+  if (!has(1, true) || !has(5, true) || !has(6, false) || !has(3, false)) return false;
+  switch (f.cell) {
+    case RssmCell::kBlockGru:
+      return has(0, true) && has(2, true) && w.pointers[3][1];
+    case RssmCell::kLayerNormGru:
+      return w.pointers[3][2] && w.pointers[3][3];
+    case RssmCell::kGru:
+    case RssmCell::kGruBlock:
+      return has(4, false);
+  }
+  return false;
+}
+
+struct Planes {
+  int64_t u, cell1, cell2, action;
+  explicit Planes(const RssmForm& f) {
+    const bool block = f.cell == RssmCell::kBlockGru;
+    u = block ? 2 * f.H : f.H;
+    cell1 = block ? f.D : (f.cell == RssmCell::kGruBlock ? 2 * f.D : 3 * f.D);
+    cell2 = f.cell == RssmCell::kLayerNormGru ? 0 : (f.cell == RssmCell::kGruBlock ? f.D : 3 * f.D);
+    action = block ? f.D : f.H;
+  }
+};
+
+// Returns deter, stats, stoch, and with `keep` u, cell1, cell2, o. `index` [T, N, groups] is written in place (None for
+// Gaussian latents), `force` forces the samples: indices, or floats.
+py::object rssm_observe(py::handle form, py::handle weights, py::handle token_proj, py::handle action_proj,
+                        py::handle deter0, py::handle stoch_proj, py::handle noise, py::handle is_first,
+                        py::handle force, py::handle index, bool keep) {
+  Call call("rssm_observe", true);
+  RssmForm f;
+  WeightTensors w;
+  const void* tokens = call.first(token_proj, 3);
+  if (!call.ok() || !call.on_cpu() || !read_form(form, f) || !w.read(call, weights, f) || !complete(f, w))
+    return py::none();
+  const Planes width(f);
+  const int64_t T = call.size(0), N = call.size(1);
+  View v;
+  if (call.size(2) != f.H) return py::none();
+  const void* actions = call.floats(action_proj, {T, N, width.action}, v);
+  const void* deter_start = call.floats(deter0, {N, f.D}, v);
+  const void* stoch_start = call.floats(stoch_proj, {N, f.H}, v);
+  const void* noise_data = noise.is_none() ? nullptr : call.floats(noise, {T, N, f.groups}, v);
+  const uint8_t* first = call.mask(is_first, call.first(), 2);
+  const uint8_t* force_index = nullptr;
+  const void* force_stoch = nullptr;
+  uint8_t* index_data = nullptr;
+  if (f.gaussian()) {
+    if (!force.is_none()) force_stoch = call.floats(force, {T, N, f.groups}, v);
+  } else {
+    if (!force.is_none()) force_index = call.bytes(force, call.first(), 2, f.groups);
+    index_data = const_cast<uint8_t*>(call.bytes(index, call.first(), 2, f.groups));
+  }
+  if (!call.ok() || T == 0 || N == 0 || (!noise_data && !force_index && !force_stoch)) return py::none();
+  if (force_index)
+    for (int64_t i = 0; i < T * N * f.groups; ++i)
+      if (force_index[i] >= f.classes) return py::none();
+  void *deter_data, *stats_data, *stoch_data, *u = nullptr, *cell1 = nullptr, *cell2 = nullptr, *o = nullptr;
+  py::object deter = call.empty({T, N, f.D}, deter_data), stats = call.empty({T, N, f.stats()}, stats_data);
+  py::object stoch = call.empty({T, N, f.stoch()}, stoch_data), kept_u, kept1, kept2, kept_o;
+  if (keep) {
+    kept_u = call.empty({T, N, width.u}, u);
+    kept1 = call.empty({T, N, width.cell1}, cell1);
+    kept2 = call.empty({T, N, width.cell2}, cell2);
+    kept_o = call.empty({T, N, f.H}, o);
+  }
+  if (!call.ok()) return py::none();
+  by_dtype(call, [&]<typename S>() {
+    const Scratch scratch(call, pywm::cpu::rssm_observe_workspace<S>(f, N, keep));
+    const RssmObserveArgs<S> a{f,
+                               w.weights<S>(),
+                               in<S>(tokens),
+                               in<S>(actions),
+                               in<S>(deter_start),
+                               in<S>(stoch_start),
+                               in<S>(noise_data),
+                               first,
+                               force_index,
+                               in<S>(force_stoch),
+                               out<S>(deter_data),
+                               out<S>(stats_data),
+                               out<S>(stoch_data),
+                               index_data,
+                               out<S>(u),
+                               out<S>(cell1),
+                               out<S>(cell2),
+                               out<S>(o),
+                               out<S>(scratch.data),
+                               T,
+                               N};
+    call.run([&] { pywm::cpu::rssm_observe(a); }, [&](void*) { no_cuda_kernel("rssm_observe"); });
+  });
+  if (!keep) return py::make_tuple(deter, stats, stoch);
+  return py::make_tuple(deter, stats, stoch, kept_u, kept1, kept2, kept_o);
+}
+
+int64_t norm_widths(const RssmForm& f) {
+  const int64_t each = f.norm == Norm::kNone ? 0 : (f.norm == Norm::kLayer ? 2 : 1);
+  const int64_t cell =
+      f.cell == RssmCell::kBlockGru ? each * (f.H + f.D) : (f.cell == RssmCell::kLayerNormGru ? 6 * f.D : 0);
+  return cell + 2 * each * f.H;
+}
+
+// Returns the gradients of deter0, stoch_proj, stats, o, cell1, cell2, u; x, y, head; those of scales and shifts.
+py::object rssm_observe_backward(py::handle form, py::handle weights, py::handle grad_deter, py::handle grad_stats,
+                                 py::handle grad_stoch, py::handle deter0, py::handle deter, py::handle stats,
+                                 py::handle noise, py::handle is_first, py::handle u, py::handle cell1,
+                                 py::handle cell2, py::handle o) {
+  Call call("rssm_observe_backward", true);
+  RssmForm f;
+  WeightTensors w;
+  const void* deter_data = call.first(deter, 3);
+  if (!call.ok() || !call.on_cpu() || !read_form(form, f) || !w.read(call, weights, f) || !complete(f, w))
+    return py::none();
+  const Planes width(f);
+  const int64_t T = call.size(0), N = call.size(1), members = pywm::cpu::num_threads();
+  View v;
+  if (call.size(2) != f.D || T == 0 || N == 0) return py::none();
+  const auto optional = [&](py::handle object, int64_t last) {
+    return object.is_none() ? nullptr : call.floats(object, {T, N, last}, v);
+  };
+  const void *gd = optional(grad_deter, f.D), *gs = optional(grad_stats, f.stats()),
+             *gz = optional(grad_stoch, f.stoch());
+  const void* start = call.floats(deter0, {N, f.D}, v);
+  const void* stats_data = call.floats(stats, {T, N, f.stats()}, v);
+  const void* noise_data = f.gaussian() ? call.floats(noise, {T, N, f.groups}, v) : nullptr;
+  const uint8_t* first = call.mask(is_first, call.first(), 2);
+  const void *kept_u = call.floats(u, {T, N, width.u}, v), *kept1 = call.floats(cell1, {T, N, width.cell1}, v),
+             *kept2 = call.floats(cell2, {T, N, width.cell2}, v), *kept_o = call.floats(o, {T, N, f.H}, v);
+  if (!call.ok()) return py::none();
+  void *p_deter0, *p_proj, *p_stats, *p_o, *p1, *p2, *p_u, *p_x, *p_y, *p_head, *p_norms;
+  py::object out_deter0 = call.empty({N, f.D}, p_deter0), out_proj = call.empty({N, f.H}, p_proj),
+             out_stats = call.empty({T, N, f.stats()}, p_stats), out_o = call.empty({T, N, f.H}, p_o),
+             out1 = call.empty({T, N, width.cell1}, p1), out2 = call.empty({T, N, width.cell2}, p2),
+             out_u = call.empty({T, N, width.u}, p_u), out_x = call.empty({T, N, width.u}, p_x),
+             out_y = call.empty({T, N, f.D}, p_y), out_head = call.empty({T, N, f.H}, p_head),
+             out_norms = call.empty({norm_widths(f)}, p_norms);
+  if (!call.ok()) return py::none();
+  by_dtype(call, [&]<typename S>() {
+    const Scratch scratch(call, pywm::cpu::rssm_observe_backward_workspace<S>(f, N, members));
+    const RssmObserveBackwardArgs<S> a{f,
+                                       w.weights<S>(),
+                                       in<S>(gd),
+                                       in<S>(gs),
+                                       in<S>(gz),
+                                       in<S>(start),
+                                       in<S>(deter_data),
+                                       in<S>(stats_data),
+                                       in<S>(noise_data),
+                                       first,
+                                       in<S>(kept_u),
+                                       in<S>(kept1),
+                                       in<S>(kept2),
+                                       in<S>(kept_o),
+                                       out<S>(p_deter0),
+                                       out<S>(p_proj),
+                                       out<S>(p_stats),
+                                       out<S>(p_o),
+                                       out<S>(p1),
+                                       out<S>(p2),
+                                       out<S>(p_u),
+                                       out<S>(p_x),
+                                       out<S>(p_y),
+                                       out<S>(p_head),
+                                       out<S>(p_norms),
+                                       out<S>(scratch.data),
+                                       T,
+                                       N,
+                                       members};
+    call.run([&] { pywm::cpu::rssm_observe_backward(a); }, [&](void*) { no_cuda_kernel("rssm_observe_backward"); });
+  });
+  return py::make_tuple(out_deter0, out_proj, out_stats, out_o, out1, out2, out_u, out_x, out_y, out_head, out_norms);
+}
+
+}  // namespace
+
+void define_rssm(py::module_& m) {
+  define_fast<&rssm_observe>(m, "rssm_observe",
+                             "rssm_observe(form: object, weights: object, token_proj: object, action_proj: object, "
+                             "deter0: object, stoch_proj: object, noise: object, is_first: object, force: object, "
+                             "index: object, keep: bool) -> object");
+  define_fast<&rssm_observe_backward>(
+      m, "rssm_observe_backward",
+      "rssm_observe_backward(form: object, weights: object, grad_deter: object, grad_stats: object, "
+      "grad_stoch: object, deter0: object, deter: object, stats: object, noise: object, is_first: object, u: object, "
+      "cell1: object, cell2: object, o: object) -> object");
+}
+
+}  // namespace pywm::bindings

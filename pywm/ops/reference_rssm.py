@@ -1,0 +1,210 @@
+"""Recurrent state-space models in plain PyTorch: the definition, the fallback and the test oracle.
+
+Written to be read, step by step and equation by equation. Differentiable by autograd, any float dtype, any device.
+Arguments were checked by the public functions in ``pywm.ops.rssm``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pywm.ops.rssm_params import Gaussian, Layer, RSSMConfig, RSSMParams
+
+
+def norm_act(x: Tensor, layer: Layer, config: RSSMConfig) -> Tensor:
+    """The norm and the nonlinearity behind a hidden layer."""
+    if config.norm == "rms":
+        assert layer.scale is not None
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.eps) * layer.scale
+    elif config.norm == "layer":
+        x = functional.layer_norm(x, x.shape[-1:], layer.scale, layer.shift, config.eps)
+    acts: dict[str, Callable[[Tensor], Tensor]] = {
+        "silu": functional.silu,
+        "elu": functional.elu,
+        "relu": functional.relu,
+    }
+    return acts[config.act](x) if config.act in acts else x
+
+
+def hidden_layer(x: Tensor, layer: Layer, config: RSSMConfig) -> Tensor:
+    """A linear layer, its norm, its nonlinearity."""
+    return norm_act(functional.linear(x, layer.weight, layer.bias), layer, config)
+
+
+def block_linear(x: Tensor, layer: Layer) -> Tensor:
+    """``x [..., G, in/G]`` times a block-diagonal weight, with the blocks side by side ``[..., out]``."""
+    y = torch.einsum("...gi,goi->...go", x, layer.weight).flatten(-2)
+    return y if layer.bias is None else y + layer.bias
+
+
+def bounded(action: Tensor) -> Tensor:
+    """DreamerV3's a / max(1, |a|), whose denominator is a constant to the gradient."""
+    return action / action.detach().abs().clamp(min=1)
+
+
+def cell(params: RSSMParams, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
+    """The deterministic part of a step.
+
+    Args:
+        params: the model.
+        deter: ``[N, D]``, masked.
+        stoch: ``[N, S·K]``, flat and masked.
+        action: ``[N, A]``, masked.
+
+    Returns:
+        The new deter ``[N, D]``.
+    """
+    c = params.config
+    D = c.deter
+    if c.cell == "block_gru":
+        assert params.deter_in is not None
+        assert params.action_in is not None
+        assert params.hidden is not None
+        x = torch.cat(
+            [
+                hidden_layer(deter, params.deter_in, c),
+                hidden_layer(stoch, params.stoch_in, c),
+                hidden_layer(bounded(action), params.action_in, c),
+            ],
+            -1,
+        )
+        blocks = deter.unflatten(-1, (c.blocks, -1))
+        inputs = torch.cat([blocks, x.unsqueeze(-2).expand(*x.shape[:-1], c.blocks, -1)], -1)
+        y = norm_act(block_linear(inputs, params.hidden), params.hidden, c)
+        gates = block_linear(y.unflatten(-1, (c.blocks, -1)), params.gates)
+        reset, candidate, update = (
+            g.flatten(-2) for g in gates.unflatten(-1, (c.blocks, -1)).chunk(3, -1)
+        )
+        return _dreamer_gates(reset, candidate, update, deter)
+    x = hidden_layer(torch.cat([stoch, action], -1), params.stoch_in, c)
+    both = torch.cat([x, deter], -1)
+    if c.cell == "layernorm_gru":
+        pre = functional.linear(both, params.gates.weight, params.gates.bias)
+        pre = functional.layer_norm(pre, (3 * D,), params.gates.scale, params.gates.shift, c.cell_eps)
+        return _dreamer_gates(*pre.chunk(3, -1), deter)
+    assert params.candidate is not None
+    if c.cell == "gru":
+        reset_x, keep_x, candidate_x = functional.linear(x, params.gates.weight, params.gates.bias).chunk(
+            3, -1
+        )
+        reset_h, keep_h, candidate_h = functional.linear(
+            deter, params.candidate.weight, params.candidate.bias
+        ).chunk(3, -1)
+        keep = torch.sigmoid(keep_x + keep_h)
+        candidate = torch.tanh(candidate_x + torch.sigmoid(reset_x + reset_h) * candidate_h)
+        return keep * deter + (1 - keep) * candidate
+    reset, keep = torch.sigmoid(functional.linear(both, params.gates.weight, params.gates.bias)).chunk(2, -1)
+    candidate = torch.tanh(
+        functional.linear(
+            torch.cat([x, reset * deter], -1), params.candidate.weight, params.candidate.bias
+        )
+    )
+    return keep * deter + (1 - keep) * candidate
+
+
+def _dreamer_gates(reset: Tensor, candidate: Tensor, update: Tensor, deter: Tensor) -> Tensor:
+    update = torch.sigmoid(update - 1)
+    return update * torch.tanh(torch.sigmoid(reset) * candidate) + (1 - update) * deter
+
+
+def head(x: Tensor, layers: Sequence[Layer], config: RSSMConfig) -> Tensor:
+    """Hidden layers and an output: what a sample is drawn from, ``[..., S·K]`` logits or ``[..., 2S]``."""
+    for layer in layers[:-1]:
+        x = hidden_layer(x, layer, config)
+    return functional.linear(x, layers[-1].weight, layers[-1].bias)
+
+
+def distribution(stats: Tensor, config: RSSMConfig) -> Tensor | Gaussian:
+    """Logits ``[..., S, K]``, or mean and standard deviation."""
+    if not config.is_gaussian:
+        return stats.unflatten(-1, (config.stoch, config.classes))
+    mean, raw = stats.chunk(2, -1)
+    std = functional.softplus(raw) if config.std == "softplus" else 2 * torch.sigmoid(raw / 2)
+    return Gaussian(mean, std + config.min_std)
+
+
+def probs(logits: Tensor, unimix: float) -> Tensor:
+    """Class probabilities, mixed with a uniform distribution."""
+    return (1 - unimix) * torch.softmax(logits, -1) + unimix / logits.shape[-1]
+
+
+def sample(
+    stats: Tensor, noise: Tensor | None, force: Tensor | None, config: RSSMConfig
+) -> tuple[Tensor, Tensor | None]:
+    """Draw a sample ``[..., S·K or S]`` with its gradient, and its classes ``[..., S]`` uint8.
+
+    Categorical: inverse CDF, the classes' probabilities summed in their order; straight-through gradient. Gaussian:
+    reparameterised.
+    """
+    if config.is_gaussian:
+        mean, std = distribution(stats, config)
+        if force is not None:
+            noise = ((force - mean) / std).detach()
+            return force + (mean - mean.detach()) + (std - std.detach()) * noise, None
+        assert noise is not None
+        return mean + std * noise, None
+    logits = stats.unflatten(-1, (config.stoch, config.classes))
+    p = probs(logits, config.unimix)
+    if force is None:
+        assert noise is not None
+        cdf = p.detach().cumsum(-1)
+        below = cdf <= noise.unsqueeze(-1) * cdf[..., -1:]
+        index = below.sum(-1).clamp(max=config.classes - 1).to(torch.uint8)
+    else:
+        index = force.to(torch.uint8)
+    one_hot = functional.one_hot(index.long(), config.classes).to(p.dtype)
+    return (one_hot + (p - p.detach())).flatten(-2), index
+
+
+def step(
+    params: RSSMParams,
+    deter: Tensor,
+    stoch: Tensor,
+    action: Tensor,
+    embed: Tensor | None,
+    is_first: Tensor | None,
+    noise: Tensor | None,
+    force: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """One step; ``stoch`` is flat.
+
+    Returns:
+        deter ``[N, D]``, the statistics of the posterior or prior, the flat sample, its classes or None.
+    """
+    c = params.config
+    if is_first is not None:
+        reset = is_first.unsqueeze(-1)
+        deter, stoch, action = (x.masked_fill(reset, 0) for x in (deter, stoch, action))
+    deter = cell(params, deter, stoch, action)
+    if embed is None:
+        stats = head(deter, params.prior, c)
+    else:
+        stats = head(torch.cat([deter, embed], -1), params.posterior, c)
+    stoch, index = sample(stats, noise, force, c)
+    return deter, stats, stoch, index
+
+
+def observe(
+    params: RSSMParams,
+    embed: Tensor,
+    action: Tensor,
+    is_first: Tensor,
+    deter: Tensor,
+    stoch: Tensor,
+    noise: Tensor | None,
+    force: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """All steps of a window; see :func:`step`, with ``[T, ...]`` in front."""
+    rows = []
+    for t in range(len(embed)):
+        at = (None if noise is None else noise[t], None if force is None else force[t])
+        row = step(params, deter, stoch, action[t], embed[t], is_first[t], *at)
+        deter, _, stoch, _ = row
+        rows.append(row)
+    deters, stats, stochs, indices = zip(*rows, strict=True)
+    index = None if indices[0] is None else torch.stack(indices)
+    return torch.stack(deters), torch.stack(stats), torch.stack(stochs), index

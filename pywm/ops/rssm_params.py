@@ -1,0 +1,180 @@
+"""The parameters and states of recurrent state-space models, as the functions in ``pywm.ops.rssm`` take them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+CELLS = ("block_gru", "layernorm_gru", "gru", "gru_block")
+NORMS = ("none", "rms", "layer")
+ACTIVATIONS = ("none", "silu", "elu", "relu")
+STDS = ("softplus", "sigmoid2")
+
+
+@dataclass(frozen=True)
+class RSSMConfig:
+    """The form and the sizes of a recurrent state-space model.
+
+    Attributes:
+        deter: D, width of the deterministic state.
+        hidden: H, width of every hidden layer.
+        stoch: S, number of stochastic variables.
+        classes: K of each; 0 makes them Gaussian.
+        embed: E, width of the encoder's output.
+        action: A, width of an action.
+        cell: ``"block_gru"`` (DreamerV3), ``"layernorm_gru"`` (V2, and V3 of 2023), ``"gru"`` (V1, torch's GRUCell) or
+            ``"gru_block"`` (PlaNet, whose reset gate comes before the product).
+        blocks: G, of the block-diagonal layers of ``block_gru``.
+        norm: of the hidden layers: ``"rms"``, ``"layer"`` or ``"none"``.
+        act: their nonlinearity: ``"silu"``, ``"elu"``, ``"relu"`` or ``"none"``.
+        unimix: share of a uniform distribution in each categorical one.
+        eps: of the norms of the hidden layers.
+        cell_eps: of the LayerNorm inside ``layernorm_gru``.
+        prior_layers: hidden layers of the prior's head; the posterior's has one.
+        std: how a Gaussian's standard deviation comes about: ``"softplus"`` or ``"sigmoid2"``, 2·sigmoid(x / 2).
+        min_std: what is added to it.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    deter: int
+    hidden: int
+    stoch: int = 32
+    classes: int = 32
+    embed: int = 1024
+    action: int = 1
+    cell: str = "block_gru"
+    blocks: int = 8
+    norm: str = "rms"
+    act: str = "silu"
+    unimix: float = 0.01
+    eps: float = 1e-4
+    cell_eps: float = 1e-3
+    prior_layers: int = 2
+    std: str = "softplus"
+    min_std: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("deter", "hidden", "stoch", "embed", "action", "blocks", "prior_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"RSSMConfig: {name} is {getattr(self, name)}, but at least 1 was expected"
+                )
+        if not 0 <= self.classes <= 256 or self.classes == 1:
+            raise ValueError(
+                f"RSSMConfig: classes is {self.classes}, but 0 (Gaussian) or 2 to 256 was expected"
+            )
+        for name, known in (("cell", CELLS), ("norm", NORMS), ("act", ACTIVATIONS), ("std", STDS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"RSSMConfig: {name} is {getattr(self, name)!r}, but one of {', '.join(known)} was expected"
+                )
+        if self.cell == "block_gru" and self.deter % self.blocks:
+            raise ValueError(
+                f"RSSMConfig: deter is {self.deter}, but a multiple of blocks, {self.blocks}, was expected"
+            )
+        if not 0 <= self.unimix < 1:
+            raise ValueError(f"RSSMConfig: unimix is {self.unimix}, but a number in [0, 1) was expected")
+
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether the stochastic variables are Gaussian."""
+        return self.classes == 0
+
+    @property
+    def stoch_width(self) -> int:
+        """Numbers in a flat sample: S·K, or S."""
+        return self.stoch if self.is_gaussian else self.stoch * self.classes
+
+    @property
+    def stats_width(self) -> int:
+        """Numbers that a sample is drawn from: S·K logits, or S means and S raw standard deviations."""
+        return 2 * self.stoch if self.is_gaussian else self.stoch * self.classes
+
+    @property
+    def feat(self) -> int:
+        """Width of ``feat`` = [deter, stoch]."""
+        return self.deter + self.stoch_width
+
+
+class Layer(NamedTuple):
+    """A linear layer and the norm behind it.
+
+    Attributes:
+        weight: ``[out, in]``, or ``[G, out/G, in/G]`` if block-diagonal.
+        bias: ``[out]`` or None.
+        scale: ``[out]``, of the norm, or None without one.
+        shift: ``[out]``, of a LayerNorm, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+
+class RSSMParams(NamedTuple):
+    """All parameters of a recurrent state-space model; :meth:`pywm.models.RSSM.params` returns one.
+
+    Attributes:
+        config: form and sizes.
+        deter_in: ``[H, D]``, block_gru only.
+        stoch_in: ``[H, S·K]``; of the other cells ``[H, S·K + A]``, with the action's columns behind.
+        action_in: ``[H, A]``, block_gru only.
+        hidden: ``[G, D/G, D/G + 3H]``, block_gru only; the inputs of a block are its part of deter and the outputs of
+            deter_in, stoch_in and action_in.
+        gates: block_gru ``[G, 3D/G, D/G]``, in each block (reset, candidate, update); layernorm_gru ``[3D, H + D]`` with
+            scale and shift, in that order too; gru ``[3D, H]``, (reset, keep, candidate); gru_block ``[2D, H + D]``,
+            (reset, keep).
+        candidate: gru ``[3D, D]``, the products with deter; gru_block ``[D, H + D]``; else None.
+        prior: hidden layers ``[H, D]``, ``[H, H]``, ..., and the output ``[S·K or 2S, H]``.
+        posterior: ``[H, D + E]`` and the output.
+    """
+
+    config: RSSMConfig
+    deter_in: Layer | None
+    stoch_in: Layer
+    action_in: Layer | None
+    hidden: Layer | None
+    gates: Layer
+    candidate: Layer | None
+    prior: tuple[Layer, ...]
+    posterior: tuple[Layer, Layer]
+
+    def layers(self) -> Iterator[tuple[str, Layer]]:
+        """All layers with their names."""
+        for name in ("deter_in", "stoch_in", "action_in", "hidden", "gates", "candidate"):
+            layer = getattr(self, name)
+            if layer is not None:
+                yield name, layer
+        for name in ("prior", "posterior"):
+            for i, layer in enumerate(getattr(self, name)):
+                yield f"{name}[{i}]", layer
+
+
+class RSSMState(NamedTuple):
+    """The state of a recurrent state-space model.
+
+    Attributes:
+        deter: ``[..., D]``.
+        stoch: ``[..., S, K]`` floats, one-hot; or ``[..., S]`` uint8, the classes; Gaussian: ``[..., S]`` floats.
+    """
+
+    deter: Tensor
+    stoch: Tensor
+
+
+class Gaussian(NamedTuple):
+    """A Gaussian latent's distribution.
+
+    Attributes:
+        mean: ``[..., S]``.
+        std: ``[..., S]``.
+    """
+
+    mean: Tensor
+    std: Tensor
