@@ -246,8 +246,49 @@ struct RssmObserveBackwardArgs {
   int64_t T, N, members;  // members: threads that the workspace is for
 };
 
+// How a policy's outputs become an action: classes one-hot, each group by inverse CDF with a share of the uniform
+// distribution mixed in; a normal with tanh mean and std between bounds (DreamerV3); or tanh of a normal (V1).
+enum class PolicyKind { kCategorical, kNormal, kTanhNormal };
+
+template <typename S>
+struct PolicyNetwork {
+  const RssmLayer<S>* layers;  // hidden ones [U, D + stoch], [U, U] ..., then the output
+  int64_t count, U, outputs;
+  Norm norm;
+  Activation activation;
+  double eps;
+  PolicyKind kind;
+  const int64_t* classes;  // of each group, `groups` of them
+  int64_t groups;
+  double unimix, min_std, max_std;
+};
+
+// Imagination from N starts: deter [H+1, N, D], stoch and index likewise, whose row 0 the caller has filled;
+// action [H, N, A], prior [H, N, stats], policy_stats [H, N, outputs]. stoch_proj [N, H] and policy_proj [N, U]: the
+// initial stoch times stoch_in and the policy's first layer. noise [H, N, groups], action_noise [H, N, A or groups].
+template <typename S>
+struct RssmImagineArgs {
+  RssmForm form;
+  RssmWeights<S> w;  // no head
+  RssmLayer<S> action_in;
+  const RssmLayer<S>* prior;
+  int64_t prior_layers;
+  PolicyNetwork<S> policy;
+  const S *stoch_proj, *policy_proj, *noise, *action_noise;
+  const uint8_t* force_index;
+  const S *force_stoch, *force_action;
+  S *deter, *stoch, *action, *prior_stats, *policy_stats;
+  uint8_t* index;
+  S* scratch;  // rssm_imagine_workspace elements
+  int64_t horizon, N, A, members;
+};
+
 namespace cpu {
 
+template <typename S>
+int64_t rssm_imagine_workspace(const RssmImagineArgs<S>&);
+template <typename S>
+void rssm_imagine(const RssmImagineArgs<S>&);
 template <typename S>
 int64_t rssm_observe_workspace(const RssmForm& form, int64_t N, bool keep);
 template <typename S>

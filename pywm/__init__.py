@@ -15,16 +15,29 @@ from __future__ import annotations
 from typing import Any
 
 from pywm._version import __version__
-from pywm.ops import backend, discounted_return, gae, lambda_return, ppo_loss, vtrace
+from pywm.ops import (
+    backend,
+    discounted_return,
+    gae,
+    imagine,
+    lambda_return,
+    ppo_loss,
+    rssm_observe,
+    rssm_step,
+    vtrace,
+)
 
 __all__ = [
     "__version__",
     "backend",
     "discounted_return",
     "gae",
+    "imagine",
     "lambda_return",
     "load",
     "ppo_loss",
+    "rssm_observe",
+    "rssm_step",
     "vtrace",
 ]
 

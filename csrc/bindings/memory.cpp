@@ -18,12 +18,6 @@ constexpr size_t kSmallestKept = size_t{1} << 16;
 constexpr size_t kKeptBytes = size_t{64} << 20;
 constexpr int kSlots = 32;
 
-#if defined(__SANITIZE_ADDRESS__)
-constexpr bool kKeepBlocks = false;  // so that a use after the end is found
-#else
-constexpr bool kKeepBlocks = true;
-#endif
-
 // The head of a block; the numbers follow at the next multiple of kAlignment.
 struct Block {
   abi::Managed managed;

@@ -15,6 +15,12 @@ namespace pywm::bindings {
 
 inline constexpr int kMaxRank = 8;
 
+#if defined(__SANITIZE_ADDRESS__)
+inline constexpr bool kKeepBlocks = false;  // so that a use after the end is found
+#else
+inline constexpr bool kKeepBlocks = true;
+#endif
+
 // An uninitialised contiguous tensor that owns its memory, 64-byte aligned, at most kMaxRank sizes; `data` is where its
 // numbers will stand. Null when there is no memory. torch frees it through its deleter, on any thread.
 abi::Managed* new_block(abi::DType dtype, const int64_t* shape, int rank, void** data);

@@ -14,12 +14,13 @@ PYBIND11_MODULE(_C, m) {
   for (const char* name :
        {"gae", "gae_backward", "lambda_return", "lambda_return_backward", "discounted_return",
         "discounted_return_backward", "vtrace", "vtrace_backward", "ppo_loss_categorical", "ppo_loss_gaussian", "mlp",
-        "mlp_backward", "adam_step_", "rssm_observe", "rssm_observe_backward"})
+        "mlp_backward", "adam_step_", "rssm_observe", "rssm_observe_backward", "rssm_imagine"})
     counter(name);
 
   m.attr("__version__") = PYWM_VERSION;
   m.attr("cuda_reason") = PYWM_CUDA_REASON;
   m.attr("max_groups") = pywm::kMaxGroups;
+  m.attr("keeps_memory") = kKeepBlocks;
 #if defined(PYWM_WITH_CUDA)
   m.attr("has_cuda") = true;
   m.def("cuda_device_count", &pywm::cuda::device_count);

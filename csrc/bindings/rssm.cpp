@@ -1,6 +1,7 @@
 // Recurrent state-space models: whole windows in one call.
 
 #include <array>
+#include <vector>
 
 #include "../cpu/parallel.h"
 #include "bindings.h"
@@ -286,6 +287,164 @@ py::object rssm_observe_backward(py::handle form, py::handle weights, py::handle
   return py::make_tuple(out_deter0, out_proj, out_stats, out_o, out1, out2, out_u, out_x, out_y, out_head, out_norms);
 }
 
+// A list of layers, each a tuple (weight, bias, scale, shift) with None for what is not there.
+template <typename S>
+struct LayerList {
+  std::vector<RssmLayer<S>> layers;
+
+  // widths[i] is the least width of layer i's input and outs[i] the length of its output.
+  bool read(Call& call, py::handle list, const std::vector<int64_t>& widths, Norm norm) {
+    if (!PyTuple_Check(list.ptr()) || PyTuple_GET_SIZE(list.ptr()) + 1 != static_cast<Py_ssize_t>(widths.size()))
+      return false;
+    for (size_t i = 0; i + 1 < widths.size(); ++i) {
+      py::handle parts = PyTuple_GET_ITEM(list.ptr(), i);
+      if (!PyTuple_Check(parts.ptr()) || PyTuple_GET_SIZE(parts.ptr()) != kParts) return false;
+      View v;
+      const bool last = i + 2 == widths.size();
+      const void* p[kParts] = {};
+      for (int part = 0; part < kParts; ++part) {
+        py::handle tensor = PyTuple_GET_ITEM(parts.ptr(), part);
+        if (!tensor.is_none())
+          p[part] =
+              part == 0 ? call.floats(tensor, {widths[i + 1], widths[i]}, v) : call.floats(tensor, {widths[i + 1]}, v);
+      }
+      if (!call.ok() || !p[0] || (!last && norm != Norm::kNone && !p[2]) || (!last && norm == Norm::kLayer && !p[3]))
+        return false;
+      layers.push_back({in<S>(p[0]), widths[i], in<S>(p[1]), in<S>(p[2]), in<S>(p[3])});
+    }
+    return true;
+  }
+};
+
+// policy: (layers, U, outputs, norm, activation, eps, kind, classes, unimix, min_std, max_std). Fills rows 1 to H of
+// deter, stoch and index; returns action, prior statistics and policy outputs.
+py::object rssm_imagine(py::handle form, py::handle weights, py::handle action_in, py::handle prior, py::handle policy,
+                        py::handle stoch_proj, py::handle policy_proj, py::handle noise, py::handle action_noise,
+                        py::handle force, py::handle force_action, py::handle deter, py::handle stoch,
+                        py::handle index) {
+  Call call("rssm_imagine", true);
+  RssmForm f;
+  WeightTensors w;
+  const void* deter_data = call.first(deter, 3);
+  if (!call.ok() || !call.on_cpu() || !read_form(form, f) || !w.read(call, weights, f) ||
+      !PyTuple_Check(policy.ptr()) || PyTuple_GET_SIZE(policy.ptr()) != 11 || !PyTuple_Check(prior.ptr()))
+    return py::none();
+  const bool block = f.cell == RssmCell::kBlockGru;
+  const int64_t horizon = call.size(0) - 1, N = call.size(1);
+  View v;
+  if (call.size(2) != f.D || horizon < 1 || N < 1) return py::none();
+  if (!complete(f, w)) return py::none();
+  const auto item = [&](int i) { return py::handle(PyTuple_GET_ITEM(policy.ptr(), i)); };
+  const auto integer = [&](int i) { return PyLong_AsLongLong(item(i).ptr()); };
+  const auto real = [&](int i) { return PyFloat_AsDouble(item(i).ptr()); };
+  const int64_t U = integer(1), outputs = integer(2);
+  const Norm policy_norm = static_cast<Norm>(integer(3));
+  const PolicyKind kind = static_cast<PolicyKind>(integer(6));
+  std::vector<int64_t> classes;
+  if (!PyTuple_Check(item(7).ptr())) return py::none();
+  for (py::handle n : py::reinterpret_borrow<py::tuple>(item(7))) classes.push_back(PyLong_AsLongLong(n.ptr()));
+  const double policy_eps = real(5), unimix = real(8), min_std = real(9), max_std = real(10);
+  const Activation activation = static_cast<Activation>(integer(4));
+  if (PyErr_Occurred()) {
+    PyErr_Clear();
+    return py::none();
+  }
+  int64_t A = kind == PolicyKind::kCategorical ? 0 : outputs / 2;
+  for (int64_t n : classes) {
+    if (n < 1 || n > 256) return py::none();
+    A += n;
+  }
+  const int64_t policy_layers = PyTuple_Check(item(0).ptr()) ? PyTuple_GET_SIZE(item(0).ptr()) : 0;
+  const int64_t prior_layers = PyTuple_GET_SIZE(prior.ptr());
+  constexpr int64_t kMostLayers = 16;
+  if (policy_layers < 2 || policy_layers > kMostLayers || prior_layers < 1 || prior_layers > kMostLayers || U < 1 ||
+      outputs != (kind == PolicyKind::kCategorical ? A : 2 * A) || A < 1)
+    return py::none();
+  std::vector<int64_t> policy_widths{f.D + f.stoch()}, prior_widths{f.D};
+  for (int64_t i = 1; i < policy_layers; ++i) policy_widths.push_back(U);
+  policy_widths.push_back(outputs);
+  for (int64_t i = 1; i < prior_layers; ++i) prior_widths.push_back(f.H);
+  prior_widths.push_back(f.stats());
+  void* stoch_data = const_cast<void*>(call.floats(stoch, {horizon + 1, N, f.stoch()}, v));
+  const void* proj = call.floats(stoch_proj, {N, f.H}, v);
+  const void* first_proj = call.floats(policy_proj, {N, U}, v);
+  const void* noise_data = noise.is_none() ? nullptr : call.floats(noise, {horizon, N, f.groups}, v);
+  const int64_t groups = static_cast<int64_t>(classes.size());
+  const void* action_noise_data =
+      action_noise.is_none()
+          ? nullptr
+          : call.floats(action_noise, {horizon, N, kind == PolicyKind::kCategorical ? groups : A}, v);
+  const void* forced_action = force_action.is_none() ? nullptr : call.floats(force_action, {horizon, N, A}, v);
+  const uint8_t* force_index = nullptr;
+  const void* force_stoch = nullptr;
+  uint8_t* index_data = nullptr;
+  if (f.gaussian()) {
+    if (!force.is_none()) force_stoch = call.floats(force, {horizon, N, f.groups}, v);
+  } else {
+    index_data = const_cast<uint8_t*>(call.bytes(index, call.first(), 2, f.groups));
+    if (!force.is_none()) {
+      View fv;
+      if (!call.ok() || !view_of(force, fv) || fv.ndim != 3 || fv.shape[0] != horizon || fv.shape[1] != N ||
+          fv.shape[2] != f.groups || fv.dtype.code != abi::kUInt || fv.dtype.bits != 8 || !abi::is_contiguous(fv) ||
+          fv.device.type != abi::kCPU)
+        return py::none();
+      force_index = static_cast<const uint8_t*>(fv.data) + fv.byte_offset;
+      for (int64_t i = 0; i < horizon * N * f.groups; ++i)
+        if (force_index[i] >= f.classes) return py::none();
+    }
+  }
+  if (!call.ok() || (!noise_data && !force_index && !force_stoch) || (!action_noise_data && !forced_action))
+    return py::none();
+  void *action_data, *prior_data, *policy_data;
+  py::object action = call.empty({horizon, N, A}, action_data), stats = call.empty({horizon, N, f.stats()}, prior_data),
+             policy_stats = call.empty({horizon, N, outputs}, policy_data);
+  if (!call.ok()) return py::none();
+  bool served = true;
+  by_dtype(call, [&]<typename S>() {
+    LayerList<S> prior_list, policy_list, action_list;
+    served = prior_list.read(call, prior, prior_widths, f.norm) &&
+             policy_list.read(call, item(0), policy_widths, policy_norm);
+    if (served && block)
+      served = action_list.read(call, action_in, {A, f.H}, Norm::kNone) &&
+               (f.norm == Norm::kNone || action_list.layers[0].scale) &&
+               (f.norm != Norm::kLayer || action_list.layers[0].shift);
+    if (served && block) served = w.ld[2] >= f.D / f.blocks + 3 * f.H && w.pointers[2][0] && w.pointers[0][0];
+    if (served && !block) served = w.ld[1] >= f.stoch() + A;
+    if (!served) return;
+    RssmImagineArgs<S> a{f,
+                         w.weights<S>(),
+                         block ? action_list.layers[0] : RssmLayer<S>{},
+                         prior_list.layers.data(),
+                         prior_layers,
+                         {policy_list.layers.data(), policy_layers, U, outputs, policy_norm, activation, policy_eps,
+                          kind, classes.data(), groups, unimix, min_std, max_std},
+                         in<S>(proj),
+                         in<S>(first_proj),
+                         in<S>(noise_data),
+                         in<S>(action_noise_data),
+                         force_index,
+                         in<S>(force_stoch),
+                         in<S>(forced_action),
+                         out<S>(const_cast<void*>(deter_data)),
+                         out<S>(stoch_data),
+                         out<S>(action_data),
+                         out<S>(prior_data),
+                         out<S>(policy_data),
+                         index_data,
+                         nullptr,
+                         horizon,
+                         N,
+                         A,
+                         pywm::cpu::num_threads()};
+    a.w.head = {};
+    const Scratch scratch(call, pywm::cpu::rssm_imagine_workspace(a));
+    a.scratch = out<S>(scratch.data);
+    call.run([&] { pywm::cpu::rssm_imagine(a); }, [&](void*) { no_cuda_kernel("rssm_imagine"); });
+  });
+  if (!served || !call.ok()) return py::none();
+  return py::make_tuple(action, stats, policy_stats);
+}
+
 }  // namespace
 
 void define_rssm(py::module_& m) {
@@ -298,6 +457,11 @@ void define_rssm(py::module_& m) {
       "rssm_observe_backward(form: object, weights: object, grad_deter: object, grad_stats: object, "
       "grad_stoch: object, deter0: object, deter: object, stats: object, noise: object, is_first: object, u: object, "
       "cell1: object, cell2: object, o: object) -> object");
+  define_fast<&rssm_imagine>(
+      m, "rssm_imagine",
+      "rssm_imagine(form: object, weights: object, action_in: object, prior: object, policy: object, "
+      "stoch_proj: object, policy_proj: object, noise: object, action_noise: object, force: object, "
+      "force_action: object, deter: object, stoch: object, index: object) -> object");
 }
 
 }  // namespace pywm::bindings

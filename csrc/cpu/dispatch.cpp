@@ -365,6 +365,17 @@ void rssm_observe_backward(const RssmObserveBackwardArgs<S>& a) {
   });
 }
 
+template <typename S>
+int64_t rssm_imagine_workspace(const RssmImagineArgs<S>& a) {
+  return of<S>(kernels()).rssm_imagine_workspace(a);
+}
+template <typename S>
+void rssm_imagine(const RssmImagineArgs<S>& a) {
+  run_team(a.members, const_cast<RssmImagineArgs<S>*>(&a), [](void* context, const Team& team) {
+    of<S>(kernels()).rssm_imagine(*static_cast<const RssmImagineArgs<S>*>(context), team);
+  });
+}
+
 #define PYWM_INSTANTIATE(S)                                                               \
   template void gae(const GaeArgs<S>&);                                                   \
   template void gae_backward(const GaeBackwardArgs<S>&);                                  \
@@ -384,7 +395,9 @@ void rssm_observe_backward(const RssmObserveBackwardArgs<S>& a) {
   template int64_t rssm_observe_workspace<S>(const RssmForm&, int64_t, bool);             \
   template void rssm_observe(const RssmObserveArgs<S>&);                                  \
   template int64_t rssm_observe_backward_workspace<S>(const RssmForm&, int64_t, int64_t); \
-  template void rssm_observe_backward(const RssmObserveBackwardArgs<S>&);
+  template void rssm_observe_backward(const RssmObserveBackwardArgs<S>&);                 \
+  template int64_t rssm_imagine_workspace(const RssmImagineArgs<S>&);                     \
+  template void rssm_imagine(const RssmImagineArgs<S>&);
 PYWM_INSTANTIATE(float)
 PYWM_INSTANTIATE(double)
 

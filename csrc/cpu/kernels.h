@@ -53,6 +53,8 @@ struct KernelsOf {
   void (*rssm_observe)(const RssmObserveArgs<S>&, const Team&);
   int64_t (*rssm_observe_backward_workspace)(const RssmForm&, int64_t N, int64_t members);
   void (*rssm_observe_backward)(const RssmObserveBackwardArgs<S>&, const Team&);
+  int64_t (*rssm_imagine_workspace)(const RssmImagineArgs<S>&);
+  void (*rssm_imagine)(const RssmImagineArgs<S>&, const Team&);
   double (*sum_of_squares)(const S* x, int64_t n);
   void (*adam_update)(const AdamArgs<S>&, const math::AdamFactors<S>&, int64_t begin, int64_t end);
 };

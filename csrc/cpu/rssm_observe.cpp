@@ -44,7 +44,7 @@ struct ObserveScratch {
   ObserveScratch(const RssmForm& f, int64_t N, bool keep, S* base) : ObserveScratch(f, N, keep, Arena<S>{base}) {}
 
  private:
-  ObserveScratch(const RssmForm& f, int64_t N, bool keep, Arena<S> arena) : packed(f, arena) {
+  ObserveScratch(const RssmForm& f, int64_t N, bool keep, Arena<S> arena) : packed(f, arena, true) {
     const Widths width(f);
     h = arena.take(N * f.D);
     z = arena.take(f.gaussian() ? N * f.groups : 0);
@@ -315,8 +315,8 @@ void cell_backward(const Team& team, const RssmObserveBackwardArgs<S>& a, const 
     const int64_t count = panels<S>(Dg), all = G * count;
     for (int64_t i = team.begin(all); i < team.end(all); ++i) {
       const int64_t g = i / count, column = i % count * kCols;
-      gemm(MatrixView<S>{grad2 + 3 * g * Dg, 3 * D, 1}, packed.gates + g * packed_size<S>(3 * Dg, Dg) + column * 3 * Dg,
-           none, grad_y + g * Dg + column, D, rows, min(kCols, Dg - column), 3 * Dg, Start::kZero);
+      multiply(grad2 + 3 * g * Dg, 3 * D, packed.gates + g * packed_size<S>(3 * Dg, Dg) + column * 3 * Dg, none,
+               grad_y + g * Dg + column, D, rows, min(kCols, Dg - column), 3 * Dg, false);
     }
     team.sync();
     for (int64_t r = begin; r < end; ++r)
@@ -325,8 +325,8 @@ void cell_backward(const Team& team, const RssmObserveBackwardArgs<S>& a, const 
     team.sync();
     for (int64_t i = team.begin(all); i < team.end(all); ++i) {
       const int64_t g = i / count, column = i % count * kCols;
-      gemm(MatrixView<S>{grad1 + g * Dg, D, 1}, packed.hidden_deter + g * packed_size<S>(Dg, Dg) + column * Dg, none,
-           carry + g * Dg + column, D, rows, min(kCols, Dg - column), Dg, Start::kAccumulate);
+      multiply(grad1 + g * Dg, D, packed.hidden_deter + g * packed_size<S>(Dg, Dg) + column * Dg, none,
+               carry + g * Dg + column, D, rows, min(kCols, Dg - column), Dg, true);
     }
     product(team, grad1, D, packed.hidden_x, none, grad_x, X, rows, X, D);
     team.sync();

@@ -1,5 +1,5 @@
 // What the recurrent state-space model does to one row between its products: norms with activations, sampling.
-// Included by kernel sources only; everything has internal linkage (see kernels.h).
+// Included by kernel sources only, like rssm_cells.h.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,6 @@
 #include "gemm.h"
 
 namespace pywm::cpu::PYWM_ISA {
-namespace {
 
 constexpr int64_t kSums = 16;  // partial sums of a reduction, so that it fills vectors
 
@@ -48,66 +47,6 @@ inline Moments<S> moments(const S* __restrict x, int64_t n, S eps) {
   return {mean, S(1) / S(__builtin_sqrt(double(squares / S(n) + eps)))};
 }
 
-template <Activation kActivation, typename S>
-inline S activated(S x) {
-  if constexpr (kActivation == Activation::kSilu) return math::silu(x);
-  if constexpr (kActivation == Activation::kElu) return math::elu(x);
-  if constexpr (kActivation == Activation::kRelu) return math::relu(x);
-  return x;
-}
-
-// y := activation(norm(x)).
-template <Norm kNorm, Activation kActivation, typename S>
-inline void norm_act_row(const S* __restrict x, const S* __restrict scale, const S* __restrict shift, int64_t n, S eps,
-                         S* __restrict y) {
-  const Moments<S> m = moments<kNorm>(x, n, eps);
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    S z = x[i];
-    if constexpr (kNorm == Norm::kRms) z = z * m.inverse * scale[i];
-    if constexpr (kNorm == Norm::kLayer) z = (z - m.mean) * m.inverse * scale[i] + shift[i];
-    y[i] = activated<kActivation>(z);
-  }
-}
-
-// From the gradient of y to that of x. Writes y too, and adds to the gradients of scale and shift.
-template <Norm kNorm, Activation kActivation, typename S>
-inline void norm_act_row_backward(const S* __restrict x, const S* __restrict scale, const S* __restrict shift,
-                                  int64_t n, S eps, const S* __restrict grad_y, S* __restrict y, S* __restrict grad_x,
-                                  S* __restrict grad_scale, S* __restrict grad_shift) {
-  const Moments<S> m = moments<kNorm>(x, n, eps);
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    const S hat = (x[i] - m.mean) * m.inverse;
-    S z = hat;
-    if constexpr (kNorm == Norm::kRms) z = hat * scale[i];
-    if constexpr (kNorm == Norm::kLayer) z = hat * scale[i] + shift[i];
-    S slope = S(1);
-    const S out = activated<kActivation>(z);
-    if constexpr (kActivation == Activation::kSilu) slope = math::silu_slope(z);
-    if constexpr (kActivation == Activation::kElu) slope = math::elu_grad(S(1), out);
-    if constexpr (kActivation == Activation::kRelu) slope = math::relu_grad(S(1), out);
-    y[i] = out;
-    const S grad_z = grad_y[i] * slope;
-    if constexpr (kNorm == Norm::kNone) {
-      grad_x[i] = grad_z;
-    } else {
-      grad_scale[i] += grad_z * hat;
-      if constexpr (kNorm == Norm::kLayer) grad_shift[i] += grad_z;
-      grad_x[i] = grad_z * scale[i];
-    }
-  }
-  if constexpr (kNorm != Norm::kNone) {
-    const S along = sum_over<S>(n, [&](int64_t i) { return grad_x[i] * (x[i] - m.mean); }) * m.inverse / S(n);
-    const S mean = kNorm == Norm::kLayer ? sum_over<S>(n, [&](int64_t i) { return grad_x[i]; }) / S(n) : S(0);
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-      const S hat = (x[i] - m.mean) * m.inverse;
-      grad_x[i] = m.inverse * (grad_x[i] - mean - hat * along);
-    }
-  }
-}
-
 template <typename S>
 struct NormAct {
   void (*forward)(const S* x, const S* scale, const S* shift, int64_t n, S eps, S* y);
@@ -115,29 +54,12 @@ struct NormAct {
                    S* grad_scale, S* grad_shift);
 };
 
-template <typename S, Norm kNorm>
-inline NormAct<S> norm_act(Activation activation) {
-  switch (activation) {
-    case Activation::kSilu:
-      return {norm_act_row<kNorm, Activation::kSilu, S>, norm_act_row_backward<kNorm, Activation::kSilu, S>};
-    case Activation::kElu:
-      return {norm_act_row<kNorm, Activation::kElu, S>, norm_act_row_backward<kNorm, Activation::kElu, S>};
-    case Activation::kRelu:
-      return {norm_act_row<kNorm, Activation::kRelu, S>, norm_act_row_backward<kNorm, Activation::kRelu, S>};
-    default:
-      return {norm_act_row<kNorm, Activation::kNone, S>, norm_act_row_backward<kNorm, Activation::kNone, S>};
-  }
-}
 template <typename S>
-inline NormAct<S> norm_act(Norm norm, Activation activation) {
-  if (norm == Norm::kRms) return norm_act<S, Norm::kRms>(activation);
-  if (norm == Norm::kLayer) return norm_act<S, Norm::kLayer>(activation);
-  return norm_act<S, Norm::kNone>(activation);
-}
+NormAct<S> norm_act(Norm norm, Activation activation);
 
 // probs [groups·classes] := softmax of each group.
 template <typename S>
-inline void softmax_row(const S* __restrict logits, int64_t groups, int64_t classes, S* __restrict probs) {
+[[gnu::noinline]] void softmax_row(const S* __restrict logits, int64_t groups, int64_t classes, S* __restrict probs) {
   for (int64_t g = 0; g < groups; ++g) {
     const S* l = logits + g * classes;
     S largest = l[0];
@@ -158,7 +80,7 @@ inline void softmax_row(const S* __restrict logits, int64_t groups, int64_t clas
 
 // Inverse CDF of (1 - unimix)·softmax + unimix / classes. `probs` is scratch. Sums run in the order of the classes.
 template <typename S>
-inline void sample_row(const S* logits, const S* uniform, int64_t groups, int64_t classes, S unimix, S* probs,
+[[gnu::noinline]] void sample_row(const S* logits, const S* uniform, int64_t groups, int64_t classes, S unimix, S* probs,
                        uint8_t* index) {
   softmax_row(logits, groups, classes, probs);
   const S floor = unimix / S(classes), share = S(1) - unimix;
@@ -185,7 +107,7 @@ inline void one_hot_row(const uint8_t* index, int64_t groups, int64_t classes, S
 
 // Straight through: from the gradient of the one-hot to that of the logits, added to `grad`. `probs` is scratch.
 template <typename S>
-inline void straight_through_row(const S* logits, const S* __restrict grad_stoch, int64_t groups, int64_t classes,
+[[gnu::noinline]] void straight_through_row(const S* logits, const S* __restrict grad_stoch, int64_t groups, int64_t classes,
                                  S unimix, S* probs, S* __restrict grad) {
   softmax_row(logits, groups, classes, probs);
   const S share = S(1) - unimix;
@@ -211,5 +133,4 @@ inline S std_slope(S raw, bool sigmoid_std) {
   return s * (S(1) - s);
 }
 
-}  // namespace
 }  // namespace pywm::cpu::PYWM_ISA

@@ -15,6 +15,7 @@ void fill_ppo_loss(Kernels&);
 void fill_mlp(Kernels&);
 void fill_adam(Kernels&);
 void fill_rssm_observe(Kernels&);
+void fill_rssm_imagine(Kernels&);
 
 const Kernels& table() {
   static Kernels filled = [] {
@@ -28,6 +29,7 @@ const Kernels& table() {
     fill_mlp(kernels);
     fill_adam(kernels);
     fill_rssm_observe(kernels);
+    fill_rssm_imagine(kernels);
     return kernels;
   }();
   return filled;

@@ -6,16 +6,17 @@ Arguments were checked by the public functions in ``pywm.ops.rssm``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pywm.ops.rssm_params import Gaussian, Layer, RSSMConfig, RSSMParams
+from pywm.ops.rssm_params import Gaussian, Layer, Policy, RSSMConfig, RSSMParams
 
 
-def norm_act(x: Tensor, layer: Layer, config: RSSMConfig) -> Tensor:
+def norm_act(x: Tensor, layer: Layer, config: RSSMConfig | Policy) -> Tensor:
     """The norm and the nonlinearity behind a hidden layer."""
     if config.norm == "rms":
         assert layer.scale is not None
@@ -30,7 +31,7 @@ def norm_act(x: Tensor, layer: Layer, config: RSSMConfig) -> Tensor:
     return acts[config.act](x) if config.act in acts else x
 
 
-def hidden_layer(x: Tensor, layer: Layer, config: RSSMConfig) -> Tensor:
+def hidden_layer(x: Tensor, layer: Layer, config: RSSMConfig | Policy) -> Tensor:
     """A linear layer, its norm, its nonlinearity."""
     return norm_act(functional.linear(x, layer.weight, layer.bias), layer, config)
 
@@ -111,7 +112,7 @@ def _dreamer_gates(reset: Tensor, candidate: Tensor, update: Tensor, deter: Tens
     return update * torch.tanh(torch.sigmoid(reset) * candidate) + (1 - update) * deter
 
 
-def head(x: Tensor, layers: Sequence[Layer], config: RSSMConfig) -> Tensor:
+def head(x: Tensor, layers: Sequence[Layer], config: RSSMConfig | Policy) -> Tensor:
     """Hidden layers and an output: what a sample is drawn from, ``[..., S·K]`` logits or ``[..., 2S]``."""
     for layer in layers[:-1]:
         x = hidden_layer(x, layer, config)
@@ -208,3 +209,57 @@ def observe(
     deters, stats, stochs, indices = zip(*rows, strict=True)
     index = None if indices[0] is None else torch.stack(indices)
     return torch.stack(deters), torch.stack(stats), torch.stack(stochs), index
+
+
+def act(policy: Policy, stats: Tensor, noise: Tensor) -> Tensor:
+    """Turn a policy's outputs into an action ``[..., A]``, with its gradient (straight-through for classes)."""
+    if policy.kind == "categorical":
+        actions = []
+        for i, logits in enumerate(stats.split(policy.groups, -1)):
+            p = probs(logits, policy.unimix)
+            cdf = p.detach().cumsum(-1)
+            below = cdf <= noise[..., i : i + 1] * cdf[..., -1:]
+            index = below.sum(-1).clamp(max=logits.shape[-1] - 1)
+            actions.append(functional.one_hot(index, logits.shape[-1]).to(p.dtype) + (p - p.detach()))
+        return torch.cat(actions, -1)
+    mean, raw = stats.chunk(2, -1)
+    if policy.kind == "normal":
+        std = (policy.max_std - policy.min_std) * torch.sigmoid(raw + 2) + policy.min_std
+        return torch.tanh(mean) + std * noise
+    std = functional.softplus(raw + math.log(math.exp(5) - 1)) + policy.min_std
+    return torch.tanh(5 * torch.tanh(mean / 5) + std * noise)
+
+
+def imagine(
+    params: RSSMParams,
+    policy: Policy | Callable[[Tensor], Tensor],
+    deter: Tensor,
+    stoch: Tensor,
+    horizon: int,
+    noise: Tensor | None,
+    action_noise: Tensor | None,
+    force: Tensor | None,
+    force_action: Tensor | None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor | None], list[Tensor], list[Tensor], list[Tensor]]:
+    """Steps of policy and prior from ``deter [N, D]`` and the flat ``stoch``; the policy sees features without gradient.
+
+    Returns:
+        deter, stoch and index of the steps after the start, actions, the prior's statistics, the policy's outputs.
+    """
+    rows = []
+    for t in range(horizon):
+        feat = torch.cat([deter, stoch], -1)
+        outputs = None
+        if isinstance(policy, Policy):
+            outputs = head(feat.detach(), policy.layers, policy)
+            if force_action is None:
+                assert action_noise is not None
+                action = act(policy, outputs, action_noise[t])
+        elif force_action is None:
+            action = policy(feat.detach())
+        if force_action is not None:
+            action = force_action[t]
+        at = (None if noise is None else noise[t], None if force is None else force[t])
+        deter, stats, stoch, index = step(params, deter, stoch, action, None, None, *at)
+        rows.append((deter, stoch, index, action, stats, outputs))
+    return tuple(list(column) for column in zip(*rows, strict=True))  # type: ignore[return-value]

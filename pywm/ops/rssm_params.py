@@ -178,3 +178,76 @@ class Gaussian(NamedTuple):
 
     mean: Tensor
     std: Tensor
+
+
+POLICIES = ("categorical", "normal", "tanh_normal")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy network as :func:`pywm.imagine` can run it in one call with the model.
+
+    Hidden layers on ``feat`` = [deter, stoch], each with a norm and a nonlinearity, and an output.
+
+    Attributes:
+        layers: hidden layers ``[U, D + S·K]``, ``[U, U]``, ..., and the output ``[A, U]`` or ``[2A, U]``.
+        kind: ``"categorical"``, one-hot classes; ``"normal"``, mean tanh(x) and std between ``min_std`` and ``max_std``
+            (DreamerV3); ``"tanh_normal"``, tanh of a normal of mean 5·tanh(x / 5) and std softplus(y + log(e⁵ - 1)) +
+            ``min_std`` (DreamerV1).
+        classes: of each group of a categorical policy; empty: one group of all outputs.
+        norm: of the hidden layers, as in :class:`RSSMConfig`.
+        act: their nonlinearity.
+        eps: of the norms.
+        unimix: share of a uniform distribution in each categorical one.
+        min_std: smallest standard deviation.
+        max_std: largest, of ``"normal"``.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    layers: tuple[Layer, ...]
+    kind: str = "categorical"
+    classes: tuple[int, ...] = ()
+    norm: str = "rms"
+    act: str = "silu"
+    eps: float = 1e-4
+    unimix: float = 0.01
+    min_std: float = 0.1
+    max_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, known in (("kind", POLICIES), ("norm", NORMS), ("act", ACTIVATIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"Policy: {name} is {getattr(self, name)!r}, but one of {', '.join(known)} was expected"
+                )
+        if len(self.layers) < 2:
+            raise ValueError(
+                f"Policy: layers is a tuple of {len(self.layers)}, but a hidden layer and an output were expected"
+            )
+        outputs = self.layers[-1].weight.shape[0]
+        if self.kind != "categorical" and outputs % 2:
+            raise ValueError(f"Policy: the last layer has {outputs} outputs, but an even number was expected")
+        if self.kind == "categorical" and sum(self.groups) != outputs:
+            raise ValueError(
+                f"Policy: classes is {self.classes}, but a sum of {outputs}, the outputs, was expected"
+            )
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Classes of each group of a categorical policy."""
+        if self.kind != "categorical":
+            return ()
+        return self.classes or (self.layers[-1].weight.shape[0],)
+
+    @property
+    def action(self) -> int:
+        """A, width of an action."""
+        outputs = self.layers[-1].weight.shape[0]
+        return outputs if self.kind == "categorical" else outputs // 2
+
+    @property
+    def noise(self) -> int:
+        """Random numbers of an action: a uniform a group, or a normal a dimension."""
+        return len(self.groups) if self.kind == "categorical" else self.action

@@ -1,0 +1,227 @@
+"""The recurrent state-space model as a module that owns its parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pywm.ops.imagine import Imagined, imagine
+from pywm.ops.reference_rssm import probs
+from pywm.ops.rssm import Observed, RSSMStep, rssm_observe, rssm_step
+from pywm.ops.rssm_params import Gaussian, Layer, Policy, RSSMConfig, RSSMParams, RSSMState
+
+__all__ = ["KL", "RSSM", "SIZES"]
+
+
+def _block(deter: int, hidden: int, classes: int) -> Mapping[str, Any]:
+    return MappingProxyType({"deter": deter, "hidden": hidden, "classes": classes})
+
+
+SIZES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "size1m": _block(512, 64, 4),
+        "size12m": _block(2048, 256, 16),
+        "size25m": _block(3072, 384, 24),
+        "size50m": _block(4096, 512, 32),
+        "size100m": _block(6144, 768, 48),
+        "size200m": _block(8192, 1024, 64),
+        "size400m": _block(12288, 1536, 96),
+        # DreamerV3 of 2023, size S.
+        "classic": MappingProxyType(
+            {
+                "deter": 512,
+                "hidden": 512,
+                "classes": 32,
+                "cell": "layernorm_gru",
+                "norm": "layer",
+                "eps": 1e-3,
+                "prior_layers": 1,
+            }
+        ),
+    }
+)
+"""Sizes by name, as arguments of :class:`RSSMConfig`: DreamerV3's ``size1m`` to ``size400m``, and ``classic``."""
+
+
+class KL(NamedTuple):
+    """Result of :meth:`RSSM.kl`.
+
+    Attributes:
+        dynamics: ``[...]`` nats, at least the free ones; its gradient moves the prior only.
+        representation: ``[...]``, the same number; its gradient moves the posterior only.
+    """
+
+    dynamics: Tensor
+    representation: Tensor
+
+
+class _Parts(nn.Module):
+    """The parameters of one layer, under the names of :class:`Layer`."""
+
+    def __init__(self, shape: tuple[int, ...], out: int, bias: bool, norm: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.zeros(out)) if bias else None
+        self.scale = nn.Parameter(torch.ones(out)) if norm != "none" else None
+        self.shift = nn.Parameter(torch.zeros(out)) if norm == "layer" else None
+
+    def layer(self) -> Layer:
+        """Return the parameters as the ops take them."""
+        # Not self.weight: a module's attributes are found by a search that takes longer than a small network's arithmetic.
+        return Layer(**self._parameters)  # type: ignore[arg-type]
+
+
+def _trunc_normal(weight: Tensor, fan_in: int, scale: float, generator: torch.Generator | None) -> None:
+    with torch.no_grad():
+        nn.init.trunc_normal_(weight, std=1.0, a=-2.0, b=2.0, generator=generator)
+        weight.mul_(1.1368 * scale / math.sqrt(fan_in))
+
+
+class RSSM(nn.Module):
+    """A recurrent state-space model.
+
+    Initialised as in DreamerV3: truncated normal of the whole layer's inputs (of a block-diagonal layer too), biases 0,
+    scales 1. States begin at 0. PlaNet's gates have bias 1.
+
+    Args:
+        config: form and sizes; ``RSSMConfig(**SIZES["size12m"], embed=E, action=A)`` for a named one.
+        generator: source of randomness of the initialisation.
+
+    Attributes:
+        config: form and sizes.
+    """
+
+    def __init__(self, config: RSSMConfig, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        if not isinstance(config, RSSMConfig):
+            raise TypeError(f"RSSM: config is a {type(config).__name__}, but an RSSMConfig was expected")
+        self.config = c = config
+        D, H, Z, A, E, G = c.deter, c.hidden, c.stoch_width, c.action, c.embed, c.blocks
+
+        def dense(outputs: int, inputs: int, norm: str = c.norm) -> _Parts:
+            return _Parts((outputs, inputs), outputs, True, norm)
+
+        def block(outputs: int, inputs: int, norm: str) -> _Parts:
+            return _Parts((G, outputs // G, inputs), outputs, True, norm)
+
+        if c.cell == "block_gru":
+            self.deter_in = dense(H, D)
+            self.stoch_in = dense(H, Z)
+            self.action_in = dense(H, A)
+            self.hidden = block(D, D // G + 3 * H, c.norm)
+            self.gates = block(3 * D, D // G, "none")
+        else:
+            self.stoch_in = dense(H, Z + A)
+            if c.cell == "layernorm_gru":
+                self.gates = dense(3 * D, H + D, "layer")
+            elif c.cell == "gru":
+                self.gates = dense(3 * D, H, "none")
+                self.candidate = dense(3 * D, D, "none")
+            else:
+                self.gates = dense(2 * D, H + D, "none")
+                self.candidate = dense(D, H + D, "none")
+        widths = [D, *[H] * c.prior_layers]
+        self.prior = nn.ModuleList([dense(b, a) for a, b in zip(widths[:-1], widths[1:], strict=True)])
+        self.prior.append(dense(c.stats_width, H, "none"))
+        self.posterior = nn.ModuleList([dense(H, D + E), dense(c.stats_width, H, "none")])
+        for part in self.modules():
+            if isinstance(part, _Parts):
+                inputs = part.weight.shape[-1] * (part.weight.shape[0] if part.weight.ndim == 3 else 1)
+                _trunc_normal(part.weight, inputs, 1.0, generator)
+        if c.cell == "gru_block":
+            assert self.gates.bias is not None
+            nn.init.ones_(self.gates.bias)
+
+    def params(self) -> RSSMParams:
+        """Return the parameters as the functions take them; they are the module's own, not copies."""
+        parts = self._modules
+
+        def layer(name: str) -> Layer | None:
+            part = parts.get(name)
+            return part.layer() if isinstance(part, _Parts) else None
+
+        def layers(name: str) -> tuple[Layer, ...]:
+            return tuple(part.layer() for part in parts[name])  # type: ignore[union-attr]
+
+        stoch_in, gates = layer("stoch_in"), layer("gates")
+        assert stoch_in is not None
+        assert gates is not None
+        return RSSMParams(
+            self.config,
+            layer("deter_in"),
+            stoch_in,
+            layer("action_in"),
+            layer("hidden"),
+            gates,
+            layer("candidate"),
+            layers("prior"),
+            layers("posterior"),  # type: ignore[arg-type]
+        )
+
+    def initial(self, N: int) -> RSSMState:
+        """Return the state before an episode: zeros, on the device and of the dtype of the parameters.
+
+        Args:
+            N: number of sequences.
+        """
+        c, like = self.config, self.gates.weight
+        stoch = (N, c.stoch) if c.is_gaussian else (N, c.stoch, c.classes)
+        return RSSMState(like.new_zeros(N, c.deter), like.new_zeros(stoch))
+
+    def step(self, state: RSSMState, prev_action: Tensor, *args: Any, **options: Any) -> RSSMStep:
+        """Go one step; see :func:`pywm.rssm_step`."""
+        return rssm_step(self.params(), state, prev_action, *args, **options)
+
+    def observe(
+        self, embed: Tensor, prev_action: Tensor, is_first: Tensor, state: RSSMState | None = None, **options: Any
+    ) -> Observed:
+        """Filter a window; see :func:`pywm.rssm_observe`. Without a state it begins at zeros."""
+        if state is None:
+            state = self.initial(embed.shape[1])
+        return rssm_observe(self.params(), embed, prev_action, is_first, state, **options)
+
+    def imagine(
+        self, policy: Policy | Callable[[Tensor], Tensor], state: RSSMState, horizon: int, **options: Any
+    ) -> Imagined:
+        """Imagine from N starts; see :func:`pywm.imagine`."""
+        return imagine(self.params(), policy, state, horizon, **options)
+
+    def kl(
+        self, posterior: Tensor | Gaussian, prior: Tensor | Gaussian, *, free_nats: float = 1.0
+    ) -> KL:
+        """Return the two halves of the balanced KL divergence, KL(posterior || prior) in nats.
+
+        Args:
+            posterior: logits ``[..., S, K]`` or a Gaussian.
+            prior: likewise.
+            free_nats: below so many nats, summed over the S variables, a row costs this constant and has no gradient.
+
+        Returns:
+            :class:`KL`, each ``[...]``.
+
+        Source:
+            Hafner et al. (2023), eq. 5.
+        """
+        divergence = self._divergence
+        dynamics = divergence(_detached(posterior), prior).clamp(min=free_nats)
+        representation = divergence(posterior, _detached(prior)).clamp(min=free_nats)
+        return KL(dynamics, representation)
+
+    def _divergence(self, posterior: Tensor | Gaussian, prior: Tensor | Gaussian) -> Tensor:
+        if isinstance(posterior, Gaussian):
+            assert isinstance(prior, Gaussian)
+            ratio = posterior.std / prior.std
+            distance = (posterior.mean - prior.mean) / prior.std
+            return (0.5 * (ratio.square() + distance.square() - 1) - ratio.log()).sum(-1)
+        assert isinstance(prior, Tensor)
+        q, p = probs(posterior, self.config.unimix), probs(prior, self.config.unimix)
+        return (q * (q.log() - p.log())).sum((-2, -1))
+
+
+def _detached(x: Tensor | Gaussian) -> Tensor | Gaussian:
+    return x.detach() if isinstance(x, Tensor) else Gaussian(x.mean.detach(), x.std.detach())

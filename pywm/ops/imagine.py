@@ -1,0 +1,244 @@
+"""Imagination: policy, cell, prior and sample for a whole horizon in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pywm.ops import _check, _native, reference_rssm, rssm
+from pywm.ops._registry import is_traced, is_transformed, plain, plain_optional, served
+from pywm.ops.rssm_params import NORMS, POLICIES, Gaussian, Policy, RSSMParams, RSSMState
+
+__all__ = ["Imagined", "imagine"]
+
+
+class Imagined(NamedTuple):
+    """Result of :func:`imagine`; all time-major, N trajectories.
+
+    Attributes:
+        deter: ``[H + 1, N, D]``; row 0 is the start.
+        stoch: ``[H + 1, N, S, K]`` one-hot floats, or ``[H + 1, N, S]`` for Gaussian latents.
+        index: ``[H + 1, N, S]`` uint8, the classes; None for Gaussian latents.
+        action: ``[H, N, A]``; row t is taken in state t.
+        prior: logits ``[H, N, S, K]`` of what row t + 1 was drawn from, or a :class:`Gaussian`.
+        policy: ``[H, N, outputs]`` of the policy network, or None if it is a function.
+        path: ``"kernel"`` if one compiled call did it all, ``"steps"`` if PyTorch went step by step.
+    """
+
+    deter: Tensor
+    stoch: Tensor
+    index: Tensor | None
+    action: Tensor
+    prior: Tensor | Gaussian
+    policy: Tensor | None
+    path: str
+
+    @property
+    def feat(self) -> Tensor:
+        """``[H + 1, N, D + S·K]``: what heads take."""
+        return torch.cat([self.deter, self.stoch.flatten(2)], -1)
+
+
+def imagine(
+    params: RSSMParams,
+    policy: Policy | Callable[[Tensor], Tensor],
+    state: RSSMState,
+    horizon: int,
+    *,
+    noise: Tensor | None = None,
+    action_noise: Tensor | None = None,
+    force_stoch: Tensor | None = None,
+    force_action: Tensor | None = None,
+) -> Imagined:
+    r"""Imagine ``horizon`` steps from N starts: the policy acts on the state, the prior goes on from there.
+
+    One compiled call if the policy is a :class:`Policy` and nobody wants gradients (as in DreamerV3, whose policy gradient
+    goes through the actions' probabilities only). Otherwise PyTorch goes step by step, differentiable in the model, the
+    start and the policy; features reach the policy without gradient, as in all Dreamers.
+
+    Args:
+        params: the model.
+        policy: a :class:`Policy`, or any function from ``feat [N, D + S·K]`` to actions ``[N, A]``.
+        state: N starts; flatten a window's states time-major. The stoch may be floats or uint8 classes.
+        horizon: H, at least 1.
+        noise: ``[H, N, S]`` uniforms in [0, 1), or normals for Gaussian latents; drawn from torch's generator if None.
+        action_noise: ``[H, N, groups]`` uniforms for categorical policies, ``[H, N, A]`` normals for others; likewise.
+        force_stoch: ``[H, N, S]`` integer classes (Gaussian: floats) to take instead of samples.
+        force_action: ``[H, N, A]`` actions to take instead of the policy's.
+
+    Returns:
+        :class:`Imagined`, dtype and device of ``state.deter``.
+
+    Raises:
+        TypeError: an argument is not what it should be, or dtypes differ.
+        ValueError: shapes, devices or numbers differ from what the configuration says.
+
+    Source:
+        Hafner et al. (2020), (2021), (2023).
+    """
+    function = "imagine"
+    c = rssm._params(function, params)
+    if not isinstance(state, tuple) or len(state) != 2:
+        raise TypeError(f"{function}: state is a {type(state).__name__}, but an RSSMState was expected")
+    first = _check.tensor(function, "state.deter", state[0])
+    if first.ndim != 2 or first.shape[1] != c.deter:
+        raise ValueError(
+            f"{function}: state.deter is {tuple(first.shape)}, but [N, D] = [N, {c.deter}] was expected"
+        )
+    N = first.shape[0]
+    if isinstance(horizon, bool) or not isinstance(horizon, int):
+        raise TypeError(f"{function}: horizon is a {type(horizon).__name__}, but an int was expected")
+    if horizon < 1:
+        raise ValueError(f"{function}: horizon is {horizon}, but at least 1 was expected")
+    network = isinstance(policy, Policy)
+    if not network and not callable(policy):
+        raise TypeError(
+            f"{function}: policy is a {type(policy).__name__}, but a Policy or a function was expected"
+        )
+    deter, stoch = rssm._state(function, params, state, N, first)
+    force = rssm._force(function, force_stoch, (horizon, N, c.stoch), c, first)
+    noise = rssm._noise(function, noise, (horizon, N, c.stoch), c, first, needed=force is None)
+    if force_action is not None:
+        force_action = rssm._float(function, "force_action", force_action, (horizon, N, c.action), first)
+    if network:
+        _check_policy(function, policy, params, first)
+        shape = (horizon, N, policy.noise)
+        if action_noise is not None:
+            action_noise = rssm._float(function, "action_noise", action_noise, shape, first)
+        elif force_action is None:
+            draw = torch.rand if policy.kind == "categorical" else torch.randn
+            action_noise = draw(shape, dtype=first.dtype, device=first.device)
+    if network and _is_served(params, policy, first, state[1], force_action):
+        return _kernel(
+            params, policy, deter, stoch, state[1], horizon, noise, action_noise, force, force_action
+        )
+    start = stoch if c.is_gaussian else stoch.unflatten(-1, (c.stoch, c.classes))
+    rows = reference_rssm.imagine(
+        params, policy, deter, stoch, horizon, noise, action_noise, force, force_action
+    )
+    deters, stochs, indices, actions, priors, outputs = rows
+    index = None
+    if not c.is_gaussian:
+        index = torch.stack([_classes(start), *indices])  # type: ignore[list-item]
+    return Imagined(
+        torch.stack([deter, *deters]),
+        rssm._shaped(torch.stack([stoch, *stochs]), c),
+        index,
+        torch.stack(actions),
+        reference_rssm.distribution(torch.stack(priors), c),
+        torch.stack(outputs) if network else None,
+        "steps",
+    )
+
+
+def _classes(stoch: Tensor) -> Tensor:
+    return stoch.argmax(-1).to(torch.uint8)
+
+
+def _check_policy(function: str, policy: Policy, params: RSSMParams, first: Tensor) -> None:
+    c = params.config
+    if policy.action != c.action:
+        raise ValueError(
+            f"{function}: the policy's actions are {policy.action} wide, but {c.action} were expected"
+        )
+    width = c.feat
+    for i, layer in enumerate(policy.layers):
+        name = f"policy.layers[{i}].weight"
+        weight = _check.tensor(function, name, layer.weight)
+        if weight.ndim != 2 or weight.shape[1] != width:
+            raise ValueError(f"{function}: {name} is {tuple(weight.shape)}, but [out, {width}] was expected")
+        _check.like(function, name, weight, "state.deter", first)
+        width = weight.shape[0]
+
+
+def _tensors(params: RSSMParams, policy: Policy) -> list[Tensor]:
+    layers = [layer for _, layer in params.layers()] + list(policy.layers)
+    return [x for layer in layers for x in layer if x is not None]
+
+
+def _is_served(
+    params: RSSMParams, policy: Policy, deter: Tensor, stoch: Tensor, action: Tensor | None
+) -> bool:
+    if not _native.supports(deter) or deter.device.type != "cpu" or deter.shape[0] == 0:
+        return False
+    if torch.compiler.is_compiling() or is_transformed():
+        return False
+    widths = {layer.weight.shape[0] for layer in policy.layers[:-1]}
+    if len(widths) != 1 or len(policy.layers) > 16 or len(params.prior) > 16 or max(policy.groups, default=0) > 256:
+        return False
+    tensors = _tensors(params, policy)
+    if is_traced(deter, stoch, *tensors):
+        return False
+    wanted = (deter, stoch, *tensors) if action is None else (deter, stoch, action, *tensors)
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in wanted))
+
+
+def _kernel(
+    params: RSSMParams,
+    policy: Policy,
+    deter: Tensor,
+    stoch: Tensor,
+    given: Tensor,
+    horizon: int,
+    noise: Tensor | None,
+    action_noise: Tensor | None,
+    force: Tensor | None,
+    force_action: Tensor | None,
+) -> Imagined:
+    c = params.config
+    N, D, Z = deter.shape[0], c.deter, c.stoch_width
+    tensors, present = rssm._flat(params)
+    scan = rssm._Scan.of(c, present)
+    layers = scan.layers([plain(x.detach()) for x in tensors])
+    prior = _plain_layers(params.prior)
+    network = _plain_layers(policy.layers)
+    deters = deter.new_empty(horizon + 1, N, D)
+    stochs = deter.new_empty(horizon + 1, N, Z)
+    deters[0].copy_(deter)
+    stochs[0].copy_(stoch)
+    index = None
+    if not c.is_gaussian:
+        index = torch.empty(horizon + 1, N, c.stoch, dtype=torch.uint8)
+        index[0] = given if given.dtype == torch.uint8 else _classes(stoch.unflatten(-1, (c.stoch, c.classes)))
+    action_in = layers.get("action_in")
+    acts = {"none": 0, "silu": 2, "elu": 3, "relu": 4}
+    form: tuple[Any, ...] = (
+        network,
+        policy.layers[0].weight.shape[0],
+        policy.layers[-1].weight.shape[0],
+        NORMS.index(policy.norm),
+        acts[policy.act],
+        policy.eps,
+        POLICIES.index(policy.kind),
+        policy.groups,
+        policy.unimix,
+        policy.min_std,
+        policy.max_std,
+    )
+    result = _native.module().rssm_imagine(
+        scan.form(),
+        rssm._kernel_layers(layers),
+        None if action_in is None else (tuple(action_in),),
+        prior,
+        form,
+        functional.linear(stochs[0], layers["stoch_in"].weight[:, :Z]),
+        functional.linear(stochs[0], network[0][0][:, D:]),
+        plain_optional(noise),
+        plain_optional(action_noise),
+        plain_optional(force),
+        plain_optional(force_action),
+        deters,
+        stochs,
+        index,
+    )
+    action, stats, outputs = served(result, "imagine")
+    shown = reference_rssm.distribution(stats, c)
+    return Imagined(deters, rssm._shaped(stochs, c), index, action, shown, outputs, "kernel")
+
+
+def _plain_layers(layers: Any) -> tuple[Any, ...]:
+    return tuple(tuple(None if x is None else plain(x.detach()) for x in layer) for layer in layers)

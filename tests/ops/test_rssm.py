@@ -1,0 +1,505 @@
+"""Recurrent state-space models: compiled kernels against the references, resets, windows, gradients, bad input."""
+
+import itertools
+
+import pytest
+import torch
+
+import pywm
+from pywm.models import RSSM, SIZES, RSSMConfig, RSSMState
+from pywm.ops import Layer, Policy, _native
+
+CELLS = ("block_gru", "layernorm_gru", "gru", "gru_block")
+FORMS = [("rms", "silu"), ("layer", "elu"), ("none", "relu")]
+forms = pytest.mark.parametrize(
+    ("cell", "classes", "form"), list(itertools.product(CELLS, (5, 0), FORMS)), ids=str
+)
+
+
+def make(cell="block_gru", classes=5, form=("rms", "silu"), dtype=torch.float64, **sizes):
+    options = {"deter": 24, "hidden": 18, "stoch": 3, "embed": 7, "action": 2, "blocks": 4, **sizes}
+    config = RSSMConfig(cell=cell, classes=classes, norm=form[0], act=form[1], **options)
+    g = torch.Generator().manual_seed(0)
+    model = RSSM(config, generator=g).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():  # biases and scales that differ, so that a mix-up shows
+            p.add_(0.2 * torch.randn(p.shape, generator=g, dtype=torch.float64).to(dtype))
+    return model
+
+
+def window(model, T, N, dtype=torch.float64, seed=1, resets=0.2):
+    c, g = model.config, torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+
+    stoch = (N, c.stoch) if c.is_gaussian else (N, c.stoch, c.classes)
+    uniform = torch.rand(T, N, c.stoch, generator=g, dtype=torch.float64).to(dtype)
+    return {
+        "embed": normal(T, N, c.embed),
+        "prev_action": 1.5 * normal(T, N, c.action),
+        "is_first": torch.rand(T, N, generator=g) < resets,
+        "state": RSSMState(normal(N, c.deter), normal(*stoch)),
+        "noise": normal(T, N, c.stoch) if c.is_gaussian else uniform,
+    }
+
+
+def floats(x):
+    return list(x) if isinstance(x, tuple) else [x]
+
+
+def outputs_and_gradients(model, inputs, **options):
+    """All outputs, and the gradients of a random mixture of them in everything that has one."""
+    inputs = dict(inputs)
+    deter, stoch = (x.clone().requires_grad_() for x in inputs["state"])
+    inputs["state"] = RSSMState(deter, stoch)
+    for name in ("embed", "prev_action"):
+        inputs[name] = inputs[name].clone().requires_grad_()
+    result = model.observe(**inputs, **options)
+    outputs = [result.deter, result.stoch, *floats(result.posterior), *floats(result.prior)]
+    g = torch.Generator().manual_seed(7)
+    loss = sum((x * torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)).sum() for x in outputs)
+    leaves = [inputs["embed"], inputs["prev_action"], deter, stoch, *model.parameters()]
+    return outputs, torch.autograd.grad(loss, leaves, allow_unused=True), result.index
+
+
+def assert_near(got, want, tol):
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            scale = b.abs().max().clamp(min=1e-3)
+            assert ((a - b).abs().max() / scale).item() < tol
+
+
+def served(name):
+    return _native.calls()[name][0]
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@forms
+@pytest.mark.parametrize(("T", "N"), [(4, 3), (1, 1), (3, 40)])
+def test_observe_equals_the_reference(cell, classes, form, T, N, threads):
+    model = make(cell, classes, form)
+    inputs = window(model, T, N)
+    before = served("rssm_observe"), served("rssm_observe_backward")
+    got = outputs_and_gradients(model, inputs)
+    assert (served("rssm_observe"), served("rssm_observe_backward")) == (before[0] + 1, before[1] + 1)
+    with _native.disabled():
+        want = outputs_and_gradients(model, inputs)
+    assert_near(got[0], want[0], 1e-12)
+    assert_near(got[1], want[1], 1e-11)
+    if classes:
+        assert torch.equal(got[2], want[2])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_float32_over_a_long_window_under_forced_samples(cell):
+    T, N = 64, 3
+    model = make(cell, deter=48, hidden=40, stoch=6, classes=7)
+    inputs = window(model, T, N, resets=0.03)
+    g = torch.Generator().manual_seed(3)
+    force = torch.randint(7, (T, N, 6), generator=g)
+    with _native.disabled():
+        want = outputs_and_gradients(model, inputs, force_stoch=force)
+    model = model.float()
+    single = {
+        k: RSSMState(*(y.float() for y in x)) if k == "state" else x.float() if x.is_floating_point() else x
+        for k, x in inputs.items()
+    }
+    got = outputs_and_gradients(model, single, force_stoch=force)
+    assert_near([x.double() for x in got[0]], want[0], 1e-4)
+    assert_near([x.double() for x in got[1]], want[1], 1e-4)
+    assert torch.equal(got[2], force.to(torch.uint8))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("classes", [3, 0])
+def test_gradcheck_of_the_kernel(cell, classes):
+    model = make(cell, classes, deter=8, hidden=3, stoch=2, embed=2, blocks=2)
+    # Straight-through gradients are no derivatives: with classes only the row before the first sample can be checked.
+    T = 1 if classes else 3
+    inputs = window(model, T, 2)
+    inputs["prev_action"] = inputs["prev_action"].tanh()  # beyond 1 the bound's denominator is held constant
+    force = torch.randint(classes, (T, 2, 2)) if classes else None
+    names = [name for name, _ in model.named_parameters()]
+    parameters = [p.detach().requires_grad_() for p in model.parameters()]
+
+    def run(embed, action, deter, stoch, *values):
+        for name, value in zip(names, values, strict=True):
+            owner, _, last = name.rpartition(".")
+            model.get_submodule(owner)._parameters[last] = value
+        state = RSSMState(deter, stoch)
+        options = {"noise": inputs["noise"], "force_stoch": force}
+        result = model.observe(embed, action, inputs["is_first"], state, **options)
+        return result.deter, *floats(result.posterior)
+
+    leaves = [x.requires_grad_() for x in (inputs["embed"], inputs["prev_action"], *inputs["state"])]
+    before = served("rssm_observe_backward")
+    assert torch.autograd.gradcheck(run, (*leaves, *parameters), atol=1e-6)
+    assert served("rssm_observe_backward") > before
+
+
+def test_two_episodes_in_one_window_equal_two_runs():
+    model = make()
+    inputs = window(model, 9, 2, resets=0)
+    inputs["is_first"][4] = True
+    whole = model.observe(**inputs)
+    second = {k: x if k == "state" else x[4:] for k, x in inputs.items()}
+    second["state"] = model.initial(2)
+    alone = model.observe(**second)
+    assert torch.equal(whole.deter[4:], alone.deter)
+    assert torch.equal(whole.index[4:], alone.index)
+
+
+def test_a_window_of_64_equals_two_of_32_with_the_state_carried():
+    model = make(dtype=torch.float32)
+    inputs = window(model, 64, 3, torch.float32, resets=0.05)
+    whole = model.observe(**inputs)
+    first = model.observe(**{k: x if k == "state" else x[:32] for k, x in inputs.items()})
+    rest = {k: x if k == "state" else x[32:] for k, x in inputs.items()}
+    for state in (first.state, RSSMState(first.deter[-1], first.index[-1])):
+        rest["state"] = state
+        second = model.observe(**rest)
+        torch.testing.assert_close(torch.cat([first.deter, second.deter]), whole.deter, rtol=1e-6, atol=1e-6)
+        assert torch.equal(torch.cat([first.index, second.index]), whole.index)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_steps_equal_a_window(cell):
+    model = make(cell)
+    inputs = window(model, 5, 3)
+    whole = model.observe(**inputs)
+    state = inputs["state"]
+    for t in range(5):
+        step = model.step(
+            state, inputs["prev_action"][t], inputs["embed"][t], inputs["is_first"][t], noise=inputs["noise"][t]
+        )
+        torch.testing.assert_close(step.deter, whole.deter[t], rtol=1e-12, atol=1e-12)
+        assert torch.equal(step.index, whole.index[t])
+        assert step.prior is None
+        state = step.state
+
+
+def test_resets_ignore_what_was_before():
+    model = make()
+    inputs = window(model, 2, 3, resets=0)
+    inputs["is_first"][:] = True
+    want = model.observe(**inputs)
+    inputs["state"] = RSSMState(inputs["state"].deter * float("nan"), inputs["state"].stoch * float("nan"))
+    inputs["prev_action"] = inputs["prev_action"] * float("nan")
+    got = model.observe(**inputs)
+    assert torch.equal(got.deter, want.deter)
+    assert torch.equal(got.index, want.index)
+
+
+@pytest.mark.parametrize(("N", "deter", "stoch", "classes"), [(1, 40, 3, 3), (17, 24, 2, 7), (3, 136, 1, 33)])
+def test_odd_sizes(N, deter, stoch, classes, threads):
+    model = make(deter=deter, stoch=stoch, classes=classes, blocks=8, hidden=13)
+    inputs = window(model, 3, N)
+    got = outputs_and_gradients(model, inputs)
+    with _native.disabled():
+        want = outputs_and_gradients(model, inputs)
+    assert_near(got[0], want[0], 1e-12)
+    assert_near(got[1], want[1], 1e-11)
+
+
+def test_no_sequences():
+    model = make()
+    result = model.observe(**window(model, 3, 0))
+    assert result.deter.shape == (3, 0, 24)
+    assert result.index.shape == (3, 0, 3)
+
+
+def test_strided_inputs():
+    model = make()
+    inputs = window(model, 4, 3)
+    want = outputs_and_gradients(model, inputs)
+    wide = {
+        k: x.transpose(0, 1).contiguous().transpose(0, 1) for k, x in inputs.items() if k not in ("state",)
+    }
+    got = outputs_and_gradients(model, {**wide, "state": inputs["state"]})
+    assert_near(got[0], want[0], 1e-14)
+    assert_near(got[1], want[1], 1e-14)
+
+
+def test_frozen_parameters_get_no_gradient():
+    model = make()
+    inputs = window(model, 3, 2)
+    model.gates.weight.requires_grad_(False)
+    model.observe(**inputs).deter.sum().backward()
+    assert model.gates.weight.grad is None
+    assert model.hidden.weight.grad is not None
+    for p in model.parameters():
+        p.requires_grad_(False)
+    assert not model.observe(**inputs).deter.requires_grad
+    model = make()
+    with torch.no_grad():
+        assert not model.observe(**inputs).deter.requires_grad
+
+
+def test_a_changed_weight_is_seen_at_once():
+    model = make()
+    inputs = window(model, 3, 2)
+    before = model.observe(**inputs).deter
+    with torch.no_grad():
+        model.gates.weight.mul_(1.5)
+    after = model.observe(**inputs).deter
+    assert not torch.equal(before, after)
+    with _native.disabled():
+        torch.testing.assert_close(model.observe(**inputs).deter, after, rtol=1e-12, atol=1e-12)
+
+
+def test_second_derivative_is_an_error():
+    model = make()
+    inputs = window(model, 2, 2)
+    inputs["embed"].requires_grad_()
+    first = torch.autograd.grad(
+        model.observe(**inputs).deter.square().sum(), inputs["embed"], create_graph=True
+    )[0]
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(first.sum(), inputs["embed"])
+
+
+def test_every_element_is_written():
+    model = make(dtype=torch.float32)
+    inputs = window(model, 3, 5, torch.float32)
+    _native.module().poison(True)
+    try:
+        outputs, gradients, _ = outputs_and_gradients(model, inputs)
+        imagined = model.imagine(policy_of(model), inputs["state"], 3)
+    finally:
+        _native.module().poison(False)
+    for x in (*outputs, *gradients, imagined.deter, imagined.action, imagined.prior, imagined.policy):
+        assert x.isfinite().all()
+
+
+# ---- imagination ---------------------------------------------------------------------------------------------------------
+
+
+def policy_of(model, kind="categorical", hidden=11, form=("rms", "silu"), seed=5):
+    c, g = model.config, torch.Generator().manual_seed(seed)
+    like = model.gates.weight
+    outputs = c.action if kind == "categorical" else 2 * c.action
+
+    def layer(out, inputs, norm):
+        def draw(*shape):
+            return torch.randn(shape, generator=g, dtype=torch.float64).to(like.dtype)
+
+        scale = 1 + 0.2 * draw(out) if norm != "none" else None
+        shift = 0.2 * draw(out) if norm == "layer" else None
+        return Layer(draw(out, inputs) / inputs**0.5, 0.3 * draw(out), scale, shift)
+
+    layers = (layer(hidden, c.feat, form[0]), layer(hidden, hidden, form[0]), layer(outputs, hidden, "none"))
+    return Policy(layers, kind=kind, norm=form[0], act=form[1])
+
+
+@forms
+@pytest.mark.parametrize("kind", ["categorical", "normal", "tanh_normal"])
+def test_imagine_equals_the_reference(cell, classes, form, kind, threads):
+    model = make(cell, classes, form)
+    model.requires_grad_(False)
+    policy = policy_of(model, kind)
+    H, N = 4, 53
+    state = window(model, 1, N)["state"]
+    g = torch.Generator().manual_seed(2)
+    shape = (H, N, model.config.stoch)
+    draw = torch.rand if classes else torch.randn
+    draw_action = torch.rand if kind == "categorical" else torch.randn
+    options = {
+        "noise": draw(shape, generator=g, dtype=torch.float64),
+        "action_noise": draw_action(H, N, policy.noise, generator=g, dtype=torch.float64),
+    }
+    got = model.imagine(policy, state, H, **options)
+    with _native.disabled():
+        want = model.imagine(policy, state, H, **options)
+    assert (got.path, want.path) == ("kernel", "steps")
+    assert_near(
+        [got.deter, got.stoch, got.action, *floats(got.prior), got.policy],
+        [want.deter, want.stoch, want.action, *floats(want.prior), want.policy],
+        1e-11,
+    )
+    if classes:
+        assert torch.equal(got.index[1:], want.index[1:])
+    assert torch.equal(got.deter[0], state.deter)
+
+
+def test_imagine_under_forced_samples_and_actions():
+    model = make().requires_grad_(False)
+    g = torch.Generator().manual_seed(4)
+    state = model.initial(6)
+    force = torch.randint(5, (3, 6, 3), generator=g)
+    action = torch.randn(3, 6, 2, generator=g, dtype=torch.float64)
+    got = model.imagine(policy_of(model), state, 3, force_stoch=force, force_action=action)
+    assert got.path == "kernel"
+    assert torch.equal(got.index[1:], force.to(torch.uint8))
+    assert torch.equal(got.action, action)
+    with _native.disabled():
+        want = model.imagine(policy_of(model), state, 3, force_stoch=force, force_action=action)
+    assert_near([got.deter, got.prior, got.policy], [want.deter, want.prior, want.policy], 1e-12)
+
+
+def test_imagine_takes_any_function_and_says_so():
+    model = make().requires_grad_(False)
+    imagined = model.imagine(lambda feat: feat[:, :2].tanh(), model.initial(4), 5)
+    assert imagined.path == "steps"
+    assert imagined.policy is None
+    assert imagined.action.shape == (5, 4, 2)
+    assert imagined.feat.shape == (6, 4, 24 + 15)
+
+
+def test_gradients_go_through_imagination_where_they_are_wanted():
+    model = make(classes=0)
+    policy = policy_of(model, "tanh_normal")
+    weight = policy.layers[0].weight.requires_grad_()
+    imagined = model.imagine(policy, model.initial(4), 3)
+    assert imagined.path == "steps"
+    imagined.deter[-1].sum().backward()
+    assert weight.grad.abs().max() > 0
+    assert model.gates.weight.grad.abs().max() > 0
+
+
+def test_imagine_from_classes_equals_imagine_from_their_one_hots():
+    model = make().requires_grad_(False)
+    state = model.observe(**window(model, 3, 4)).state
+    index = state.stoch.argmax(-1).to(torch.uint8)
+    noise = torch.rand(2, 4, 3, dtype=torch.float64)
+    action_noise = torch.rand(2, 4, 1, dtype=torch.float64)
+    options = {"noise": noise, "action_noise": action_noise}
+    a = model.imagine(policy_of(model), state, 2, **options)
+    b = model.imagine(policy_of(model), RSSMState(state.deter, index), 2, **options)
+    assert torch.equal(a.deter, b.deter)
+    assert torch.equal(a.index, b.index)
+
+
+# ---- the module ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "core", "prior", "posterior", "embed"),
+    [
+        ("size1m", 274432, 45440, 57600, 256),
+        ("size12m", 4341760, 722432, 918528, 1024),
+        ("size25m", 9756672, 1624320, 2065920, 1536),
+        ("size50m", 17334272, 2886656, 3672064, 2048),
+        ("size100m", 38977536, 6492672, 8260608, 3072),
+        ("size200m", 69271552, 11540480, 14684160, 4096),
+        ("size400m", 155811840, 25961472, 33036288, 6144),
+    ],
+)
+def test_parameter_counts_are_those_of_the_paper(size, core, prior, posterior, embed):
+    with torch.device("meta"):
+        model = RSSM(RSSMConfig(**SIZES[size], embed=embed, action=18))
+    count = lambda part: sum(p.numel() for p in part.parameters())  # noqa: E731
+    assert (count(model.prior), count(model.posterior)) == (prior, posterior)
+    assert count(model) == core + prior + posterior
+
+
+def test_initialisation_has_the_published_spread():
+    model = RSSM(
+        RSSMConfig(deter=512, hidden=64, classes=4, embed=64, action=4),
+        generator=torch.Generator().manual_seed(0),
+    )
+    for part, inputs in ((model.deter_in, 512), (model.gates, 512), (model.hidden, 512 + 8 * 3 * 64)):
+        assert part.weight.std().item() == pytest.approx(inputs**-0.5, rel=0.05)
+        assert part.weight.abs().max().item() < 2.3 * inputs**-0.5
+    assert model.gates.bias.abs().max() == 0
+    assert (model.hidden.scale == 1).all()
+
+
+def test_kl_halves_move_their_own_side_only():
+    model = make()
+    q, p = (torch.randn(3, 2, 3, 5, dtype=torch.float64).mul(3).requires_grad_() for _ in range(2))
+    kl = model.kl(q, p, free_nats=0.0)
+    assert torch.equal(kl.dynamics, kl.representation)
+    assert torch.autograd.grad(kl.dynamics.sum(), [q, p], allow_unused=True)[0] is None
+    kl = model.kl(q, p, free_nats=0.0)
+    assert torch.autograd.grad(kl.representation.sum(), [q, p], allow_unused=True)[1] is None
+    same = model.kl(p, p)
+    assert (same.dynamics == 1).all()
+    assert torch.autograd.grad(same.dynamics.sum(), p)[0].abs().max() == 0
+
+
+def test_sampled_frequencies_are_those_of_the_distribution():
+    model = make(stoch=1, classes=6, dtype=torch.float32)
+    N = 20000
+    step = model.step(model.initial(N), torch.zeros(N, 2), torch.zeros(N, 7))
+    p = 0.99 * step.posterior[0, 0].softmax(-1) + 0.01 / 6
+    counts = torch.bincount(step.index[:, 0].long(), minlength=6)
+    chi2 = ((counts - N * p) ** 2 / (N * p)).sum().item()
+    assert chi2 < 25.7  # 5 degrees of freedom, one in 10,000
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"embed": torch.zeros(3, 2, 8)}, ValueError, r"embed is \(3, 2, 8\), but \[T, N, E\]"),
+        ({"embed": torch.zeros(0, 2, 7)}, ValueError, "T >= 1"),
+        ({"prev_action": torch.zeros(3, 2, 3)}, ValueError, r"prev_action is \(3, 2, 3\), but \(3, 2, 2\)"),
+        ({"prev_action": torch.zeros(3, 2, 2).double()}, TypeError, "prev_action is torch.float64"),
+        ({"prev_action": None}, TypeError, "prev_action is a NoneType"),
+        ({"is_first": torch.zeros(2, 3, dtype=torch.bool)}, ValueError, "is_first"),
+        ({"is_first": torch.zeros(3, 2, dtype=torch.int64)}, TypeError, "is_first is torch.int64"),
+        ({"state": torch.zeros(3)}, TypeError, "state is a Tensor"),
+        ({"state": RSSMState(torch.zeros(2, 25), torch.zeros(2, 3, 5))}, ValueError, "state.deter"),
+        ({"state": RSSMState(torch.zeros(2, 24), torch.zeros(2, 15))}, ValueError, "state.stoch"),
+        ({"noise": torch.zeros(3, 2, 4)}, ValueError, "noise"),
+        ({"force_stoch": torch.full((3, 2, 3), 5)}, ValueError, r"force_stoch has 5, but classes in \[0, 5\)"),
+        ({"force_stoch": torch.zeros(3, 2, 3)}, TypeError, "force_stoch is torch.float32"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_bad_windows_are_named(change, error, match):
+    model = make(dtype=torch.float32)
+    inputs = window(model, 3, 2, torch.float32)
+    with pytest.raises(error, match=match):
+        model.observe(**{**inputs, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"horizon": 0}, ValueError, "horizon is 0"),
+        ({"horizon": 1.0}, TypeError, "horizon is a float"),
+        ({"policy": 3}, TypeError, "policy is a int"),
+        ({"state": None}, TypeError, "state is a NoneType"),
+        ({"action_noise": torch.zeros(2, 4, 2)}, ValueError, "action_noise"),
+        ({"force_action": torch.zeros(2, 4, 3)}, ValueError, "force_action"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_bad_imagination_is_named(change, error, match):
+    model = make(dtype=torch.float32)
+    call = {"policy": policy_of(model), "state": model.initial(4), "horizon": 2, **change}
+    with pytest.raises(error, match=match):
+        model.imagine(**call)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"deter": 0}, "deter is 0"),
+        ({"classes": 1}, "classes is 1"),
+        ({"classes": 257}, "classes is 257"),
+        ({"cell": "lstm"}, "cell is 'lstm'"),
+        ({"deter": 20}, "deter is 20, but a multiple of blocks"),
+        ({"unimix": 1.0}, "unimix is 1.0"),
+    ],
+    ids=str,
+)
+def test_bad_configurations_are_named(change, match):
+    with pytest.raises(ValueError, match=match):
+        RSSMConfig(**{"deter": 16, "hidden": 4, **change})
+
+
+def test_public_names():
+    assert {"rssm_step", "rssm_observe", "imagine"} <= set(pywm.__all__)
