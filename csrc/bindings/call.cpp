@@ -31,7 +31,7 @@ const abi::Exchange* find_exchange_api(py::handle tensor_type) {
 
 PyObject* forever(py::object object) { return object.release().ptr(); }
 
-std::array<Counter, 16> counters;
+std::array<Counter, 64> counters;
 
 }  // namespace
 
@@ -68,6 +68,17 @@ py::dict calls() {
 
 void no_cuda_kernel(const char* name) {
   throw std::runtime_error(std::string(name) + ": no CUDA kernel; the reference should have served this call");
+}
+
+bool activation_of(py::handle name, pywm::Activation& activation) {
+  constexpr const char* kNames[] = {"none", "tanh", "silu", "elu", "relu"};  // in the order of the enumeration
+  if (!PyUnicode_Check(name.ptr())) return false;
+  for (int i = 0; i < 5; ++i)
+    if (PyUnicode_CompareWithASCIIString(name.ptr(), kNames[i]) == 0) {
+      activation = static_cast<pywm::Activation>(i);
+      return true;
+    }
+  return false;
 }
 
 double Call::number(py::handle object, double low, double high) {

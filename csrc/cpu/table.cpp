@@ -13,6 +13,9 @@ void fill_discounted_return(Kernels&);
 void fill_vtrace(Kernels&);
 void fill_ppo_loss(Kernels&);
 void fill_mlp(Kernels&);
+void fill_norm_act(Kernels&);
+void fill_gru_gates(Kernels&);
+void fill_one_hot_linear(Kernels&);
 void fill_adam(Kernels&);
 
 const Kernels& table() {
@@ -25,6 +28,9 @@ const Kernels& table() {
     fill_vtrace(kernels);
     fill_ppo_loss(kernels);
     fill_mlp(kernels);
+    fill_norm_act(kernels);
+    fill_gru_gates(kernels);
+    fill_one_hot_linear(kernels);
     fill_adam(kernels);
     return kernels;
   }();
