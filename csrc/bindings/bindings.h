@@ -155,7 +155,7 @@ class Call {
 
   // Bytes of any shape, which `view` tells.
   const uint8_t* bytes(py::handle object, View& view) {
-    if (!ok_ || !view_of(object, view) || !abi::is_type<uint8_t>(view) || !abi::same_device(view, first_) ||
+    if (!ok_ || !view_of(object, view) || !abi::is_bytes(view) || !abi::same_device(view, first_) ||
         !abi::is_contiguous(view))
       return refuse();
     return static_cast<const uint8_t*>(data(view));
