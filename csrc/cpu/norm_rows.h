@@ -46,8 +46,12 @@ template <typename S>
 struct NormSums {
   S *scale, *shift, *row;
 
-  NormSums(S* partial, int64_t D) : scale(partial), shift(partial + D), row(partial + 2 * D) {
-    for (int64_t i = 0; i < (partial ? 2 * D : 0); ++i) partial[i] = S(0);
+  // Without `partial`, all of them are null.
+  NormSums(S* partial, int64_t D) : scale(partial), shift(partial), row(partial) {
+    if (!partial) return;
+    shift += D;
+    row += 2 * D;
+    for (int64_t i = 0; i < 2 * D; ++i) partial[i] = S(0);
   }
   void add(const S* x, const S* q, math::NormRow<S> stats, int64_t D) {
 #pragma GCC ivdep

@@ -31,7 +31,9 @@ def agree(a: Tensor, b: Tensor, inputs: list[Tensor], tolerance: float = 1e-10) 
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     weight = torch.linspace(-1, 1.5, a.numel(), dtype=a.dtype).view_as(a)
     for got, want in zip(
-        torch.autograd.grad(a, inputs, weight), torch.autograd.grad(b, inputs, weight), strict=True
+        torch.autograd.grad(a, inputs, weight, retain_graph=True),
+        torch.autograd.grad(b, inputs, weight),
+        strict=True,
     ):
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
