@@ -249,7 +249,7 @@ void over_gates(void (*kernel)(const Args&, int64_t, int64_t), const Args& args)
   over_range(kernel, args, args.M, 1, args.M * args.D * kWorkPerGate);
 }
 
-constexpr int64_t kFewOneHotRows = 8;  // fewer are not worth packing the weights
+constexpr int64_t kFewOneHotRows = 32;  // fewer are not worth packing the weights
 
 void check_classes(const uint8_t* index, int64_t M, int64_t groups, int64_t classes) {
   uint8_t largest = 0;

@@ -8,6 +8,7 @@
 //   the bias. No sum is split, so the number of threads does not show.
 // Numerics: sums in S, in the order of the groups, and of the rows.
 
+#include "gemm.h"
 #include "kernels.h"
 
 namespace pywm::cpu::PYWM_ISA {
@@ -15,50 +16,72 @@ namespace {
 
 constexpr int64_t kPanel = kOneHotPanel;
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <typename S>
 void pack(const OneHotLinearArgs<S>& a, int64_t begin, int64_t end) {
+  constexpr int64_t kStep = 64;  // so many columns of the panel stay in the first-level cache
   const int64_t columns = a.groups * a.classes;
   for (int64_t p = begin; p < end; ++p) {
-    const int64_t width = least(kPanel, a.U - p * kPanel);
+    const int64_t width = min(kPanel, a.U - p * kPanel);
     S* packed = a.packed + p * kPanel * columns;
     const S* weight = a.weight + p * kPanel * columns;
-    for (int64_t c = 0; c < columns; ++c)
-      for (int64_t j = 0; j < kPanel; ++j) packed[c * kPanel + j] = j < width ? weight[j * columns + c] : S(0);
+    for (int64_t first = 0; first < columns; first += kStep) {
+      const int64_t last = min(columns, first + kStep);
+      for (int64_t j = 0; j < width; ++j)
+        for (int64_t c = first; c < last; ++c) packed[c * kPanel + j] = weight[j * columns + c];
+      for (int64_t j = width; j < kPanel; ++j)
+        for (int64_t c = first; c < last; ++c) packed[c * kPanel + j] = S(0);
+    }
   }
 }
 
 template <typename S>
 void forward(const OneHotLinearArgs<S>& a, int64_t begin, int64_t end) {
+  using Vector = typename Simd<S>::Vector;
+  constexpr int64_t kLanes = Simd<S>::kLanes, kVectors = kPanel / kLanes;
   const int64_t columns = a.groups * a.classes, panels = (a.U + kPanel - 1) / kPanel;
   for (int64_t p = 0; p < panels; ++p) {
-    const int64_t width = least(kPanel, a.U - p * kPanel);
+    const int64_t width = min(kPanel, a.U - p * kPanel);
     const S* packed = a.packed + p * kPanel * columns;
-    S start[kPanel] = {};
+    alignas(64) S start[kPanel] = {}, result[kPanel];
     for (int64_t j = 0; j < (a.bias ? width : 0); ++j) start[j] = a.bias[p * kPanel + j];
     for (int64_t m = begin; m < end; ++m) {
       const uint8_t* index = a.index + m * a.groups;
-      S sum[kPanel];
-      for (int64_t j = 0; j < kPanel; ++j) sum[j] = start[j];
+      Vector sum[kVectors];
+      for (int64_t v = 0; v < kVectors; ++v) sum[v] = reinterpret_cast<const Vector*>(start)[v];
       for (int64_t s = 0; s < a.groups; ++s) {
-        const S* column = packed + (s * a.classes + index[s]) * kPanel;
-        for (int64_t j = 0; j < kPanel; ++j) sum[j] += column[j];
+        const Vector* column = reinterpret_cast<const Vector*>(packed + (s * a.classes + index[s]) * kPanel);
+        for (int64_t v = 0; v < kVectors; ++v) sum[v] += column[v];
       }
       S* y = a.y + m * a.U + p * kPanel;
-      for (int64_t j = 0; j < width; ++j) y[j] = sum[j];
+      Vector* to = reinterpret_cast<Vector*>(width == kPanel ? y : result);
+      for (int64_t v = 0; v < kVectors; ++v) to[v] = sum[v];
+      if (width < kPanel)
+        for (int64_t j = 0; j < width; ++j) y[j] = result[j];
     }
   }
 }
+
+// So many rows at a time, whose sums do not wait for each other.
+constexpr int64_t kFewRows = 8;
 
 template <typename S>
 void forward_few(const OneHotLinearArgs<S>& a, int64_t begin, int64_t end) {
   const int64_t columns = a.groups * a.classes;
   for (int64_t u = begin; u < end; ++u) {
     const S* weight = a.weight + u * columns;
-    for (int64_t m = 0; m < a.M; ++m) {
+    const S start = a.bias ? a.bias[u] : S(0);
+    int64_t m = 0;
+    for (; m + kFewRows <= a.M; m += kFewRows) {
       const uint8_t* index = a.index + m * a.groups;
-      S sum = a.bias ? a.bias[u] : S(0);
+      S sums[kFewRows];
+      for (int64_t r = 0; r < kFewRows; ++r) sums[r] = start;
+      for (int64_t s = 0; s < a.groups; ++s)
+        for (int64_t r = 0; r < kFewRows; ++r) sums[r] += weight[s * a.classes + index[r * a.groups + s]];
+      for (int64_t r = 0; r < kFewRows; ++r) a.y[(m + r) * a.U + u] = sums[r];
+    }
+    for (; m < a.M; ++m) {
+      const uint8_t* index = a.index + m * a.groups;
+      S sum = start;
       for (int64_t s = 0; s < a.groups; ++s) sum += weight[s * a.classes + index[s]];
       a.y[m * a.U + u] = sum;
     }
@@ -69,7 +92,7 @@ template <typename S>
 void backward(const OneHotLinearBackwardArgs<S>& a, int64_t begin, int64_t end) {
   const int64_t columns = a.groups * a.classes, units = a.groups + 1;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t p = unit / units, s = unit % units, width = least(kPanel, a.U - p * kPanel);
+    const int64_t p = unit / units, s = unit % units, width = min(kPanel, a.U - p * kPanel);
     const S* grad = a.grad + p * kPanel;
     if (s == a.groups) {
       if (!a.grad_bias) continue;
