@@ -71,9 +71,9 @@ __device__ __forceinline__ math::NormRow<S> norm_row(const S* x, int64_t D, bool
 // ---- Sums over rows
 // ---------------------------------------------------------------------------------------------------
 
-constexpr int kColumnThreads = 1024;
+constexpr int kColumnThreads = 512;
 
-// out [columns] := the sum of the rows of x, `stride` elements apart. Each warp takes every 32nd row.
+// out [columns] := the sum of the rows of x, `stride` elements apart. A warp a slice of the rows, interleaved.
 template <typename S>
 __global__ void __launch_bounds__(kColumnThreads)
     column_sums_kernel(const S* __restrict__ x, int64_t rows, int64_t stride, int64_t columns, S* __restrict__ out) {
