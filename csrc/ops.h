@@ -162,6 +162,127 @@ struct MlpBackwardArgs {
   Activation activation, output_activation;
 };
 
+// Rows of D numbers, normalised (RMS, or LayerNorm with `layer`), scaled, shifted (shift may be null) and activated.
+// See pywm/ops/norm_act.py.
+template <typename S>
+struct NormActArgs {
+  const S *x, *scale, *shift;
+  S* y;
+  int64_t M, D;
+  S eps;
+  Activation activation;
+  bool layer;
+};
+
+template <typename S>
+struct NormActBackwardArgs {
+  const S *grad, *x, *scale, *shift;
+  S *grad_x, *grad_scale, *grad_shift;
+  S* partial;  // scratch: norm_act_workspace(M, D) elements; null if neither scale's nor shift's gradient is wanted
+  int64_t M, D;
+  S eps;
+  Activation activation;
+  bool layer;
+};
+
+// Gates of recurrent cells, M rows of D. See pywm/ops/gru_gates.py. gates [M, 3D]: reset, candidate, update. A block of
+// a block-diagonal cell is a row here.
+template <typename S>
+struct BlockGruGatesArgs {
+  const S *gates, *deter;
+  S* y;
+  int64_t M, D;
+};
+
+template <typename S>
+struct BlockGruGatesBackwardArgs {
+  const S *grad, *gates, *deter;
+  S *grad_gates, *grad_deter;
+  int64_t M, D;
+};
+
+// pre [M, 3D], normalised over all 3D before it is split; scale, shift [3D].
+template <typename S>
+struct LayernormGruGatesArgs {
+  const S *pre, *scale, *shift, *deter;
+  S* y;
+  int64_t M, D;
+  S eps;
+};
+
+template <typename S>
+struct LayernormGruGatesBackwardArgs {
+  const S *grad, *pre, *scale, *shift, *deter;
+  S *grad_pre, *grad_scale, *grad_shift, *grad_deter;
+  S* partial;  // scratch: norm_act_workspace(M, 3D) elements; null if neither scale's nor shift's gradient is wanted
+  int64_t M, D;
+  S eps;
+};
+
+// input, hidden [M, 3D]: reset, keep, candidate.
+template <typename S>
+struct GruGatesArgs {
+  const S *input, *hidden, *deter;
+  S* y;
+  int64_t M, D;
+};
+
+template <typename S>
+struct GruGatesBackwardArgs {
+  const S *grad, *input, *hidden, *deter;
+  S *grad_input, *grad_hidden, *grad_deter;
+  int64_t M, D;
+};
+
+// gates [M, 2D]: reset, update; candidate [M, D].
+template <typename S>
+struct GruBlockResetArgs {
+  const S *gates, *deter;
+  S* y;
+  int64_t M, D;
+};
+
+template <typename S>
+struct GruBlockResetBackwardArgs {
+  const S *grad, *gates, *deter;
+  S *grad_gates, *grad_deter;
+  int64_t M, D;
+};
+
+template <typename S>
+struct GruBlockUpdateArgs {
+  const S *gates, *candidate, *deter;
+  S* y;
+  int64_t M, D;
+};
+
+template <typename S>
+struct GruBlockUpdateBackwardArgs {
+  const S *grad, *gates, *candidate, *deter;
+  S *grad_gates, *grad_candidate, *grad_deter;
+  int64_t M, D;
+};
+
+// y[m] = bias + the sum over s of column s·K + index[m, s] of weight [U, groups·classes]; index [M, groups], bias [U]
+// or null. See pywm/ops/one_hot_linear.py.
+template <typename S>
+struct OneHotLinearArgs {
+  const S *weight, *bias;
+  const uint8_t* index;
+  S* y;
+  S* packed;  // CPU only, scratch: one_hot_linear_workspace elements
+  int64_t M, U, groups, classes;
+};
+
+template <typename S>
+struct OneHotLinearBackwardArgs {
+  const S* grad;
+  const uint8_t* index;
+  S *grad_weight, *grad_bias;
+  S* packed;  // CPU only, scratch: one_hot_linear_workspace elements
+  int64_t M, U, groups, classes;
+};
+
 // One step of Adam with a clipped global norm, in place, all of [P]; norm [1]. max_grad_norm < 0 does not clip.
 template <typename S>
 struct AdamArgs {
@@ -327,6 +448,38 @@ int64_t mlp_workspace(const int64_t* sizes, int64_t L);
 template <typename S>
 int64_t mlp_backward_workspace(const int64_t* sizes, int64_t L);
 template <typename S>
+void norm_act(const NormActArgs<S>&);
+template <typename S>
+void norm_act_backward(const NormActBackwardArgs<S>&);
+template <typename S>
+void block_gru_gates(const BlockGruGatesArgs<S>&);
+template <typename S>
+void block_gru_gates_backward(const BlockGruGatesBackwardArgs<S>&);
+template <typename S>
+void layernorm_gru_gates(const LayernormGruGatesArgs<S>&);
+template <typename S>
+void layernorm_gru_gates_backward(const LayernormGruGatesBackwardArgs<S>&);
+template <typename S>
+void gru_gates(const GruGatesArgs<S>&);
+template <typename S>
+void gru_gates_backward(const GruGatesBackwardArgs<S>&);
+template <typename S>
+void gru_block_reset(const GruBlockResetArgs<S>&);
+template <typename S>
+void gru_block_reset_backward(const GruBlockResetBackwardArgs<S>&);
+template <typename S>
+void gru_block_update(const GruBlockUpdateArgs<S>&);
+template <typename S>
+void gru_block_update_backward(const GruBlockUpdateBackwardArgs<S>&);
+template <typename S>
+void one_hot_linear(const OneHotLinearArgs<S>&);
+template <typename S>
+void one_hot_linear_backward(const OneHotLinearBackwardArgs<S>&);
+// Elements of scratch.
+int64_t norm_act_workspace(int64_t M, int64_t D);
+template <typename S>
+int64_t one_hot_linear_workspace(int64_t U, int64_t columns);
+template <typename S>
 void adam_step(const AdamArgs<S>&);
 
 }  // namespace cpu
@@ -351,6 +504,35 @@ template <typename S>
 void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&, Stream);
 // Doubles of scratch that a call needs: M rows, `columns` of log_std whose gradient is summed over rows (else 0).
 int64_t ppo_loss_workspace(int64_t M, int64_t columns);
+template <typename S>
+void norm_act(const NormActArgs<S>&, Stream);
+template <typename S>
+void norm_act_backward(const NormActBackwardArgs<S>&, Stream);
+template <typename S>
+void block_gru_gates(const BlockGruGatesArgs<S>&, Stream);
+template <typename S>
+void block_gru_gates_backward(const BlockGruGatesBackwardArgs<S>&, Stream);
+template <typename S>
+void layernorm_gru_gates(const LayernormGruGatesArgs<S>&, Stream);
+template <typename S>
+void layernorm_gru_gates_backward(const LayernormGruGatesBackwardArgs<S>&, Stream);
+template <typename S>
+void gru_gates(const GruGatesArgs<S>&, Stream);
+template <typename S>
+void gru_gates_backward(const GruGatesBackwardArgs<S>&, Stream);
+template <typename S>
+void gru_block_reset(const GruBlockResetArgs<S>&, Stream);
+template <typename S>
+void gru_block_reset_backward(const GruBlockResetBackwardArgs<S>&, Stream);
+template <typename S>
+void gru_block_update(const GruBlockUpdateArgs<S>&, Stream);
+template <typename S>
+void gru_block_update_backward(const GruBlockUpdateBackwardArgs<S>&, Stream);
+template <typename S>
+void one_hot_linear(const OneHotLinearArgs<S>&, Stream);
+template <typename S>
+void one_hot_linear_backward(const OneHotLinearBackwardArgs<S>&, Stream);
+int64_t norm_act_workspace(int64_t M, int64_t D);
 
 int device_count();
 const char* status();  // why device_count() is 0, or "no error"

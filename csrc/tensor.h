@@ -76,6 +76,8 @@ bool is_type(const View& v) {
   return v.dtype.code == TypeOf<T>::code && v.dtype.bits == 8 * sizeof(T) && v.dtype.lanes == 1;
 }
 
+inline bool is_bytes(const View& v) { return v.dtype.code == kUInt && v.dtype.bits == 8 && v.dtype.lanes == 1; }
+
 inline bool same_device(const View& a, const View& b) {
   return a.device.type == b.device.type && a.device.id == b.device.id;
 }

@@ -21,6 +21,15 @@ def adam_step_(
     max_grad_norm: Any,
     direct: bool,
 ) -> Any: ...
+def block_gru_gates(gates: Any, deter: Any, blocks: Any, direct: bool) -> Any: ...
+def block_gru_gates_backward(
+    grad: Any,
+    gates: Any,
+    deter: Any,
+    blocks: Any,
+    want_gates: bool,
+    want_deter: bool,
+) -> Any: ...
 def calls() -> dict[str, tuple[int, int]]: ...
 def cpu_isa() -> str: ...
 def cpu_isas() -> str: ...
@@ -60,6 +69,34 @@ def gae_backward(
     want_value: bool,
     want_next_value: bool,
 ) -> Any: ...
+def gru_block_reset(gates: Any, deter: Any, direct: bool) -> Any: ...
+def gru_block_reset_backward(
+    grad: Any,
+    gates: Any,
+    deter: Any,
+    want_gates: bool,
+    want_deter: bool,
+) -> Any: ...
+def gru_block_update(gates: Any, candidate: Any, deter: Any, direct: bool) -> Any: ...
+def gru_block_update_backward(
+    grad: Any,
+    gates: Any,
+    candidate: Any,
+    deter: Any,
+    want_gates: bool,
+    want_candidate: bool,
+    want_deter: bool,
+) -> Any: ...
+def gru_gates(input: Any, hidden: Any, deter: Any, direct: bool) -> Any: ...
+def gru_gates_backward(
+    grad: Any,
+    input: Any,
+    hidden: Any,
+    deter: Any,
+    want_input: bool,
+    want_hidden: bool,
+    want_deter: bool,
+) -> Any: ...
 def lambda_return(
     reward: Any,
     discount: Any,
@@ -81,6 +118,19 @@ def lambda_return_backward(
     want_discount: bool,
     want_next_value: bool,
 ) -> Any: ...
+def layernorm_gru_gates(pre: Any, scale: Any, shift: Any, deter: Any, eps: Any, direct: bool) -> Any: ...
+def layernorm_gru_gates_backward(
+    grad: Any,
+    pre: Any,
+    scale: Any,
+    shift: Any,
+    deter: Any,
+    eps: float,
+    want_pre: bool,
+    want_scale: bool,
+    want_shift: bool,
+    want_deter: bool,
+) -> Any: ...
 def mlp(
     x: Any,
     weights: Any,
@@ -101,7 +151,28 @@ def mlp_backward(
     want_x: bool,
     want_parameters: bool,
 ) -> Any: ...
+def norm_act(x: Any, scale: Any, shift: Any, norm: Any, act: Any, eps: Any, direct: bool) -> Any: ...
+def norm_act_backward(
+    grad: Any,
+    x: Any,
+    scale: Any,
+    shift: Any,
+    norm: Any,
+    act: Any,
+    eps: Any,
+    want_x: bool,
+    want_scale: bool,
+    want_shift: bool,
+) -> Any: ...
 def num_threads() -> int: ...
+def one_hot_linear(index: Any, weight: Any, bias: Any, direct: bool) -> Any: ...
+def one_hot_linear_backward(
+    grad: Any,
+    index: Any,
+    columns: int,
+    want_weight: bool,
+    want_bias: bool,
+) -> Any: ...
 def poison(on: bool) -> None: ...
 def ppo_loss_categorical(
     logits: Any,

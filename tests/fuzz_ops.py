@@ -84,6 +84,8 @@ class Case:
         self.blamed.add(name)
         if name.startswith("dist.") or name == "nvec":
             self.blamed.add("action")  # the distribution says what an action is
+        if name == "weight":
+            self.blamed.add("index")  # its shape says how many classes there are
         self.steps.append(f"{name}: {what}")
 
     @property
@@ -204,12 +206,18 @@ def _shape_verdict(case: Case, name: str, before: Tensor, after: Tensor) -> Verd
     # A distribution may have any width, and log_std two ranks.
     same_rows = name.startswith("dist.") and after.shape[:-1] == before.shape[:-1]
     any_rows = _takes_any_rows(case, name) and after.shape[-1:] == before.shape[-1:]
-    return Verdict.MAYBE if same_rows or any_rows or name.endswith("log_std") else Verdict.CLASH
+    shared = case.info.name == "one_hot_linear" and name in ("index", "weight")  # S and K are what fits
+    return Verdict.MAYBE if same_rows or any_rows or shared or name.endswith("log_std") else Verdict.CLASH
 
 
 def _takes_any_rows(case: Case, name: str) -> bool:
-    """Whether only the last size of an argument is tied to the others: a perceptron's input."""
-    return case.info.name == "mlp" and name == "x"
+    """Whether only the last size of an argument is tied to the others: a layer's input."""
+    return (case.info.name, name) in (("mlp", "x"), ("norm_act", "x"), ("one_hot_linear", "index"))
+
+
+def _is_of_rows(case: Case) -> bool:
+    """Whether an op takes rows, none of them too, unlike scans and losses; and no empty ones."""
+    return case.info.name in ("norm_act", "one_hot_linear") or "gru" in case.info.name
 
 
 def wrong_rank(case: Case, name: str, x: Tensor) -> bool:
@@ -265,6 +273,8 @@ def huge(case: Case, name: str, x: Tensor) -> bool:
         return False  # no such tensor exists, or a wide distribution would be computed
     if _takes_any_rows(case, name) and shape[-1] == x.shape[-1]:
         return False  # legal, and the result would fill the memory
+    if case.info.name == "one_hot_linear" and name != "bias":
+        return False  # likewise
     new = x.new_zeros(()).expand(shape)
     case.sample.tensors[name] = new
     case.note(_shape_verdict(case, name, x, new), name, f"expanded to {tuple(shape)}")
@@ -280,10 +290,12 @@ def wrong_dtype(case: Case, name: str, x: Tensor) -> bool:
          torch.float8_e4m3fn, torch.float8_e5m2]
     )  # fmt: skip
     kind = role(x)
-    legal = {"mask": (torch.bool, *FLOAT_DTYPES), "classes": INTEGER_DTYPES, "float": FLOAT_DTYPES}[kind]
+    classes = (torch.uint8,) if x.dtype == torch.uint8 else INTEGER_DTYPES
+    legal = {"mask": (torch.bool, *FLOAT_DTYPES), "classes": classes, "float": FLOAT_DTYPES}[kind]
     verdict = Verdict.GOOD if dtype in legal else Verdict.BAD
     if kind == "float" and dtype in legal and dtype != x.dtype:
-        verdict = Verdict.CLASH
+        alone = sum(t.is_floating_point() for t in case.sample.tensors.values() if isinstance(t, Tensor)) == 1
+        verdict = Verdict.MAYBE if alone else Verdict.CLASH
     case.sample.tensors[name] = x.to(dtype)
     case.note(verdict, name, str(dtype))
     return True
@@ -454,8 +466,9 @@ def special_values(case: Case, name: str, x: Tensor) -> bool:
     if not x.is_floating_point() or x.numel() == 0:
         return False
     values = [float("nan"), float("inf"), -float("inf"), 1e-40, -0.0]
-    # Huge λ, and huge weights, make sums that overflow or cancel by their order alone.
-    if case.info.name != "mlp" and name != "lam":
+    # Huge λ, huge weights and huge rows of one mean make sums that overflow or cancel by their order alone.
+    sums = ("mlp", "one_hot_linear", "norm_act", "layernorm_gru_gates")
+    if case.info.name not in sums and name != "lam":
         values += [3e38, -3e38]
     share = case.rng.choice([0.1, 1.0])
     hit = torch.rand(x.shape, generator=torch.Generator().manual_seed(case.rng.randrange(2**31))) < share
@@ -470,7 +483,8 @@ def wrong_class(case: Case, name: str, x: Tensor) -> bool:
     if role(x) != "classes" or x.numel() == 0:
         return False
     new = x.clone()
-    new.view(-1)[case.rng.randrange(x.numel())] = case.rng.choice([-1, 2**31, -(2**63), 2**63 - 1, 10**6])
+    none = [100, 255] if x.dtype == torch.uint8 else [-1, 2**31, -(2**63), 2**63 - 1, 10**6]
+    new.view(-1)[case.rng.randrange(x.numel())] = case.rng.choice(none)
     case.sample.tensors[name] = new
     case.note(Verdict.MAYBE if "valid" in case.sample.tensors else Verdict.BAD, name, "not a class")
     return True
@@ -599,7 +613,7 @@ def everything_fake(case: Case) -> bool:
 
 def everything_long_and_empty(case: Case) -> bool:
     """Sizes beyond 2^31 that hold nothing."""
-    if case.steps:
+    if case.steps or _is_of_rows(case):
         return False
     shape = (2**31 + 1, 0)
     tensors = case.sample.tensors
@@ -620,8 +634,13 @@ def no_rows(case: Case) -> bool:
     for name, x in case.sample.tensors.items():
         if isinstance(x, Tensor) and x.ndim and not name.endswith(("bootstrap", "log_std")):
             case.sample.tensors[name] = x[:0]
+            case.blamed.add(name)
     scan = next(iter(case.sample.tensors.values()))
-    empty_scan = isinstance(scan, Tensor) and not any(k.startswith("dist.") for k in case.sample.tensors)
+    empty_scan = (
+        isinstance(scan, Tensor)
+        and not _is_of_rows(case)
+        and not any(k.startswith("dist.") for k in case.sample.tensors)
+    )
     case.note(
         Verdict.BAD if empty_scan else Verdict.MAYBE, next(iter(case.sample.tensors)), "all without rows"
     )

@@ -30,6 +30,9 @@ using abi::View;
 void define_returns(py::module_& m);
 void define_ppo_loss(py::module_& m);
 void define_mlp(py::module_& m);
+void define_norm_act(py::module_& m);
+void define_gru_gates(py::module_& m);
+void define_one_hot_linear(py::module_& m);
 void define_adam_step(py::module_& m);
 void define_rssm(py::module_& m);
 
@@ -151,6 +154,14 @@ class Call {
   const uint8_t* mask(py::handle object) { return mask(object, first_, first_.ndim); }
   const uint8_t* optional_mask(py::handle object) { return object.is_none() ? nullptr : mask(object); }
 
+  // Bytes of any shape, which `view` tells.
+  const uint8_t* bytes(py::handle object, View& view) {
+    if (!ok_ || !view_of(object, view) || !abi::is_bytes(view) || !abi::same_device(view, first_) ||
+        !abi::is_contiguous(view))
+      return refuse();
+    return static_cast<const uint8_t*>(data(view));
+  }
+
   const int64_t* classes(py::handle object, const View& like, int rank, int64_t extra) {
     View v;
     if (!ok_ || !view_of(object, v) || !abi::is_type<int64_t>(v) || !fits(v, like, rank, extra) ||
@@ -197,6 +208,9 @@ class Call {
     py::object none = empty({0}, pointer);
     pointer = nullptr;
     return none;
+  }
+  py::object wanted(bool yes, std::initializer_list<int64_t> shape, void*& pointer) {
+    return yes ? empty(shape, pointer) : wanted(false, pointer);
   }
 
   // Run the launcher of the tensors' device on its current stream, without the GIL.
@@ -307,6 +321,12 @@ void by_dtype(const Call& call, const Fn& fn) {
 
 [[noreturn]] void no_cuda_kernel(const char* name);
 
+// The activation of this name ("none" is one), if there is one.
+bool activation_of(py::handle name, pywm::Activation& activation);
+
+// Elements of scratch for the gradients of a normalisation's scale and shift.
+int64_t norm_workspace(const Call& call, int64_t M, int64_t D);
+
 // ---- entries without pybind11's dispatch, which costs as much as a small kernel ------------------------------------
 
 template <typename T>
@@ -335,6 +355,8 @@ struct Fast<fn> {
       return spread(args, std::index_sequence_for<Args...>{}).release().ptr();
     } catch (py::error_already_set& error) {
       error.restore();
+    } catch (const py::builtin_exception& error) {
+      error.set_error();
     } catch (const std::bad_alloc&) {
       PyErr_NoMemory();
     } catch (const std::exception& error) {

@@ -70,6 +70,17 @@ void no_cuda_kernel(const char* name) {
   throw std::runtime_error(std::string(name) + ": no CUDA kernel; the reference should have served this call");
 }
 
+bool activation_of(py::handle name, pywm::Activation& activation) {
+  constexpr const char* kNames[] = {"none", "tanh", "silu", "elu", "relu"};  // in the order of the enumeration
+  if (!PyUnicode_Check(name.ptr())) return false;
+  for (int i = 0; i < 5; ++i)
+    if (PyUnicode_CompareWithASCIIString(name.ptr(), kNames[i]) == 0) {
+      activation = static_cast<pywm::Activation>(i);
+      return true;
+    }
+  return false;
+}
+
 double Call::number(py::handle object, double low, double high) {
   double x = NAN;
   if (PyFloat_Check(object.ptr()))

@@ -49,17 +49,6 @@ S* const* out_each(const std::vector<void*>& pointers) {
   return reinterpret_cast<S* const*>(pointers.data());
 }
 
-bool activation_of(py::handle name, pywm::Activation& activation) {
-  constexpr const char* kNames[] = {"none", "tanh", "silu", "elu", "relu"};  // in the order of the enumeration
-  if (!PyUnicode_Check(name.ptr())) return false;
-  for (int i = 0; i < 5; ++i)
-    if (PyUnicode_CompareWithASCIIString(name.ptr(), kNames[i]) == 0) {
-      activation = static_cast<pywm::Activation>(i);
-      return true;
-    }
-  return false;
-}
-
 // How many elements keep the derivatives of layers whose activations do not tell them.
 int64_t slopes_size(const MlpTensors& t, pywm::Activation activation, pywm::Activation output_activation) {
   return (activation == pywm::Activation::kSilu ? t.M * t.hidden : 0) +

@@ -11,10 +11,36 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of pywm. Private: call pywm.ops instead.";
   find_torch();
   pywm::cpu::kernels();  // an unusable PYWM_CPU_ISA is an error now, not at the first call
-  for (const char* name :
-       {"gae", "gae_backward", "lambda_return", "lambda_return_backward", "discounted_return",
-        "discounted_return_backward", "vtrace", "vtrace_backward", "ppo_loss_categorical", "ppo_loss_gaussian", "mlp",
-        "mlp_backward", "adam_step_", "rssm_observe", "rssm_observe_backward", "rssm_imagine"})
+  for (const char* name : {"gae",
+                           "gae_backward",
+                           "lambda_return",
+                           "lambda_return_backward",
+                           "discounted_return",
+                           "discounted_return_backward",
+                           "vtrace",
+                           "vtrace_backward",
+                           "ppo_loss_categorical",
+                           "ppo_loss_gaussian",
+                           "mlp",
+                           "mlp_backward",
+                           "norm_act",
+                           "norm_act_backward",
+                           "block_gru_gates",
+                           "block_gru_gates_backward",
+                           "layernorm_gru_gates",
+                           "layernorm_gru_gates_backward",
+                           "gru_gates",
+                           "gru_gates_backward",
+                           "gru_block_reset",
+                           "gru_block_reset_backward",
+                           "gru_block_update",
+                           "gru_block_update_backward",
+                           "one_hot_linear",
+                           "one_hot_linear_backward",
+                           "adam_step_",
+                           "rssm_observe",
+                           "rssm_observe_backward",
+                           "rssm_imagine"})
     counter(name);
 
   m.attr("__version__") = PYWM_VERSION;
@@ -39,6 +65,9 @@ PYBIND11_MODULE(_C, m) {
   define_returns(m);
   define_ppo_loss(m);
   define_mlp(m);
+  define_norm_act(m);
+  define_gru_gates(m);
+  define_one_hot_linear(m);
   define_adam_step(m);
   define_rssm(m);
 }

@@ -211,6 +211,60 @@ int64_t mlp_parameters(const int64_t* sizes, int64_t L) {
   return total;
 }
 
+// Elements of a scan that take the time of one element of a normalisation, or of a state behind its gates.
+constexpr int64_t kWorkPerNorm = 4, kWorkPerGate = 8;
+
+// Blocks of rows whose contributions to scale and shift are summed apart, whatever the number of threads.
+constexpr int64_t kMaxNormBlocks = 64, kMinNormRows = 8;
+int64_t norm_block_rows(int64_t M) {
+  const int64_t rows = (M + kMaxNormBlocks - 1) / kMaxNormBlocks;
+  return rows > kMinNormRows ? rows : kMinNormRows;
+}
+int64_t norm_blocks(int64_t M) { return (M + norm_block_rows(M) - 1) / norm_block_rows(M); }
+
+// kernel(args, begin, end, partial) over blocks of rows, then the sums of their contributions. D numbers a row.
+template <typename Args, typename S>
+void norm_backward(void (*kernel)(const Args&, int64_t, int64_t, S*), const Args& args, int64_t D, int64_t work) {
+  struct Call {
+    void (*kernel)(const Args&, int64_t, int64_t, S*);
+    const Args* args;
+    int64_t D;
+  } call{kernel, &args, D};
+  parallel_for(norm_blocks(args.M), 1, work, &call, [](void* context, int64_t first, int64_t last) {
+    const Call& c = *static_cast<Call*>(context);
+    const int64_t M = c.args->M, rows = norm_block_rows(M);
+    for (int64_t b = first; b < last; ++b)
+      c.kernel(*c.args, b * rows, (b + 1) * rows < M ? (b + 1) * rows : M,
+               c.args->partial ? c.args->partial + b * 3 * c.D : nullptr);
+  });
+  const int64_t blocks = norm_blocks(args.M);
+  const auto add = of<S>(kernels()).norm_add_blocks;
+  if (args.grad_scale) over_range(add, NormBlocks<S>{args.partial, args.grad_scale, blocks, 3 * D}, D, 64, blocks * D);
+  if (args.grad_shift)
+    over_range(add, NormBlocks<S>{args.partial + D, args.grad_shift, blocks, 3 * D}, D, 64, blocks * D);
+}
+
+template <typename Args>
+void over_gates(void (*kernel)(const Args&, int64_t, int64_t), const Args& args) {
+  over_range(kernel, args, args.M, 1, args.M * args.D * kWorkPerGate);
+}
+
+constexpr int64_t kFewOneHotRows = 32;  // fewer are not worth packing the weights
+
+void check_classes(const uint8_t* index, int64_t M, int64_t groups, int64_t classes) {
+  uint8_t largest = 0;
+  for (int64_t i = 0; i < M * groups; ++i) largest = index[i] > largest ? index[i] : largest;
+  if (largest < classes) return;
+  for (int64_t i = 0; i < M * groups; ++i)
+    if (index[i] >= classes) {
+      char message[160];
+      std::snprintf(message, sizeof message,
+                    "one_hot_linear: index is %d in row %lld, but 0 <= index < %lld was expected", int(index[i]),
+                    static_cast<long long>(i / groups), static_cast<long long>(classes));
+      throw std::out_of_range(message);
+    }
+}
+
 constexpr int64_t kNormBlock = 4096;  // elements that one partial sum of a norm covers, whatever the number of threads
 
 template <typename S>
@@ -325,6 +379,74 @@ void mlp_backward(const MlpBackwardArgs<S>& a) {
   over_range(k.mlp_backward, a, a.M, kMlpRows, work);
   if (a.grad_weights) over_range(k.mlp_backward_weights, a, panels<S>(a.sizes, 0, a.L, true).count + a.L, 1, work);
 }
+int64_t norm_act_workspace(int64_t M, int64_t D) { return norm_blocks(M) * 3 * D; }
+template <typename S>
+void norm_act(const NormActArgs<S>& a) {
+  over_range(of<S>(kernels()).norm_act, a, a.M, 1, a.M * a.D * kWorkPerNorm);
+}
+template <typename S>
+void norm_act_backward(const NormActBackwardArgs<S>& a) {
+  norm_backward(of<S>(kernels()).norm_act_backward, a, a.D, a.M * a.D * kWorkPerNorm);
+}
+template <typename S>
+void layernorm_gru_gates(const LayernormGruGatesArgs<S>& a) {
+  over_gates(of<S>(kernels()).layernorm_gru_gates, a);
+}
+template <typename S>
+void layernorm_gru_gates_backward(const LayernormGruGatesBackwardArgs<S>& a) {
+  norm_backward(of<S>(kernels()).layernorm_gru_gates_backward, a, 3 * a.D, a.M * a.D * kWorkPerGate);
+}
+template <typename S>
+void block_gru_gates(const BlockGruGatesArgs<S>& a) {
+  over_gates(of<S>(kernels()).block_gru_gates, a);
+}
+template <typename S>
+void block_gru_gates_backward(const BlockGruGatesBackwardArgs<S>& a) {
+  over_gates(of<S>(kernels()).block_gru_gates_backward, a);
+}
+template <typename S>
+void gru_gates(const GruGatesArgs<S>& a) {
+  over_gates(of<S>(kernels()).gru_gates, a);
+}
+template <typename S>
+void gru_gates_backward(const GruGatesBackwardArgs<S>& a) {
+  over_gates(of<S>(kernels()).gru_gates_backward, a);
+}
+template <typename S>
+void gru_block_reset(const GruBlockResetArgs<S>& a) {
+  over_gates(of<S>(kernels()).gru_block_reset, a);
+}
+template <typename S>
+void gru_block_reset_backward(const GruBlockResetBackwardArgs<S>& a) {
+  over_gates(of<S>(kernels()).gru_block_reset_backward, a);
+}
+template <typename S>
+void gru_block_update(const GruBlockUpdateArgs<S>& a) {
+  over_gates(of<S>(kernels()).gru_block_update, a);
+}
+template <typename S>
+void gru_block_update_backward(const GruBlockUpdateBackwardArgs<S>& a) {
+  over_gates(of<S>(kernels()).gru_block_update_backward, a);
+}
+template <typename S>
+int64_t one_hot_linear_workspace(int64_t U, int64_t columns) {
+  return (U + kOneHotPanel - 1) / kOneHotPanel * kOneHotPanel * columns;
+}
+template <typename S>
+void one_hot_linear(const OneHotLinearArgs<S>& a) {
+  check_classes(a.index, a.M, a.groups, a.classes);
+  const KernelsOf<S>& k = of<S>(kernels());
+  const int64_t work = a.M * a.U * a.groups, panels = (a.U + kOneHotPanel - 1) / kOneHotPanel;
+  if (a.M < kFewOneHotRows) return over_range(k.one_hot_linear_few, a, a.U, kColumnStep, work);
+  over_range(k.one_hot_linear_pack, a, panels, 1, a.U * a.groups * a.classes);
+  over_range(k.one_hot_linear, a, a.M, 1, work / 4);
+}
+template <typename S>
+void one_hot_linear_backward(const OneHotLinearBackwardArgs<S>& a) {
+  check_classes(a.index, a.M, a.groups, a.classes);
+  const int64_t panels = (a.U + kOneHotPanel - 1) / kOneHotPanel;
+  over_range(of<S>(kernels()).one_hot_linear_backward, a, panels * (a.groups + 1), 1, a.M * a.U * a.groups / 4);
+}
 template <typename S>
 void adam_step(const AdamArgs<S>& a) {
   const double norm = norm_of(a.grad, a.P);
@@ -376,28 +498,43 @@ void rssm_imagine(const RssmImagineArgs<S>& a) {
   });
 }
 
-#define PYWM_INSTANTIATE(S)                                                               \
-  template void gae(const GaeArgs<S>&);                                                   \
-  template void gae_backward(const GaeBackwardArgs<S>&);                                  \
-  template void lambda_return(const LambdaReturnArgs<S>&);                                \
-  template void lambda_return_backward(const LambdaReturnBackwardArgs<S>&);               \
-  template void discounted_return(const DiscountedReturnArgs<S>&);                        \
-  template void discounted_return_backward(const DiscountedReturnBackwardArgs<S>&);       \
-  template void vtrace(const VtraceArgs<S>&);                                             \
-  template void vtrace_backward(const VtraceBackwardArgs<S>&);                            \
-  template void ppo_loss_categorical(const PpoLossCategoricalArgs<S>&);                   \
-  template void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&);                         \
-  template void mlp(const MlpArgs<S>&);                                                   \
-  template void mlp_backward(const MlpBackwardArgs<S>&);                                  \
-  template int64_t mlp_workspace<S>(const int64_t*, int64_t);                             \
-  template int64_t mlp_backward_workspace<S>(const int64_t*, int64_t);                    \
-  template void adam_step(const AdamArgs<S>&);                                            \
-  template int64_t rssm_observe_workspace<S>(const RssmForm&, int64_t, bool);             \
-  template void rssm_observe(const RssmObserveArgs<S>&);                                  \
+#define PYWM_INSTANTIATE(S) \
+  template void gae(const GaeArgs<S>&); \
+  template void gae_backward(const GaeBackwardArgs<S>&); \
+  template void lambda_return(const LambdaReturnArgs<S>&); \
+  template void lambda_return_backward(const LambdaReturnBackwardArgs<S>&); \
+  template void discounted_return(const DiscountedReturnArgs<S>&); \
+  template void discounted_return_backward(const DiscountedReturnBackwardArgs<S>&); \
+  template void vtrace(const VtraceArgs<S>&); \
+  template void vtrace_backward(const VtraceBackwardArgs<S>&); \
+  template void ppo_loss_categorical(const PpoLossCategoricalArgs<S>&); \
+  template void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&); \
+  template void mlp(const MlpArgs<S>&); \
+  template void mlp_backward(const MlpBackwardArgs<S>&); \
+  template int64_t mlp_workspace<S>(const int64_t*, int64_t); \
+  template int64_t mlp_backward_workspace<S>(const int64_t*, int64_t); \
+  template void adam_step(const AdamArgs<S>&); \
+  template int64_t rssm_observe_workspace<S>(const RssmForm&, int64_t, bool); \
+  template void rssm_observe(const RssmObserveArgs<S>&); \
   template int64_t rssm_observe_backward_workspace<S>(const RssmForm&, int64_t, int64_t); \
-  template void rssm_observe_backward(const RssmObserveBackwardArgs<S>&);                 \
-  template int64_t rssm_imagine_workspace(const RssmImagineArgs<S>&);                     \
-  template void rssm_imagine(const RssmImagineArgs<S>&);
+  template void rssm_observe_backward(const RssmObserveBackwardArgs<S>&); \
+  template int64_t rssm_imagine_workspace(const RssmImagineArgs<S>&); \
+  template void rssm_imagine(const RssmImagineArgs<S>&); \
+  template void norm_act(const NormActArgs<S>&); \
+  template void norm_act_backward(const NormActBackwardArgs<S>&); \
+  template void block_gru_gates(const BlockGruGatesArgs<S>&); \
+  template void block_gru_gates_backward(const BlockGruGatesBackwardArgs<S>&); \
+  template void layernorm_gru_gates(const LayernormGruGatesArgs<S>&); \
+  template void layernorm_gru_gates_backward(const LayernormGruGatesBackwardArgs<S>&); \
+  template void gru_gates(const GruGatesArgs<S>&); \
+  template void gru_gates_backward(const GruGatesBackwardArgs<S>&); \
+  template void gru_block_reset(const GruBlockResetArgs<S>&); \
+  template void gru_block_reset_backward(const GruBlockResetBackwardArgs<S>&); \
+  template void gru_block_update(const GruBlockUpdateArgs<S>&); \
+  template void gru_block_update_backward(const GruBlockUpdateBackwardArgs<S>&); \
+  template void one_hot_linear(const OneHotLinearArgs<S>&); \
+  template void one_hot_linear_backward(const OneHotLinearBackwardArgs<S>&); \
+  template int64_t one_hot_linear_workspace<S>(int64_t, int64_t);
 PYWM_INSTANTIATE(float)
 PYWM_INSTANTIATE(double)
 

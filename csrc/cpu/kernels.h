@@ -27,6 +27,16 @@ struct PpoMoments {
 
 constexpr int64_t kMlpRows = 48;  // rows that go through an MLP together; a multiple of every tile's rows
 
+// The gradients of a normalisation's scale and shift: sum [n] := the sum of `blocks` arrays, `stride` elements apart.
+template <typename S>
+struct NormBlocks {
+  const S* partial;
+  S* sum;
+  int64_t blocks, stride;
+};
+
+constexpr int64_t kOneHotPanel = 64;  // outputs whose weights are packed together
+
 template <typename S>
 struct KernelsOf {
   void (*gae)(const GaeArgs<S>&, int64_t begin, int64_t end);
@@ -55,6 +65,25 @@ struct KernelsOf {
   void (*rssm_observe_backward)(const RssmObserveBackwardArgs<S>&, const Team&);
   int64_t (*rssm_imagine_workspace)(const RssmImagineArgs<S>&);
   void (*rssm_imagine)(const RssmImagineArgs<S>&, const Team&);
+  // Ranges of rows, of rows, and of elements; `partial` is the scratch of the range, null if no sums are wanted.
+  void (*norm_act)(const NormActArgs<S>&, int64_t begin, int64_t end);
+  void (*norm_act_backward)(const NormActBackwardArgs<S>&, int64_t begin, int64_t end, S* partial);
+  void (*norm_add_blocks)(const NormBlocks<S>&, int64_t begin, int64_t end);
+  void (*block_gru_gates)(const BlockGruGatesArgs<S>&, int64_t begin, int64_t end);
+  void (*block_gru_gates_backward)(const BlockGruGatesBackwardArgs<S>&, int64_t begin, int64_t end);
+  void (*layernorm_gru_gates)(const LayernormGruGatesArgs<S>&, int64_t begin, int64_t end);
+  void (*layernorm_gru_gates_backward)(const LayernormGruGatesBackwardArgs<S>&, int64_t begin, int64_t end, S* partial);
+  void (*gru_gates)(const GruGatesArgs<S>&, int64_t begin, int64_t end);
+  void (*gru_gates_backward)(const GruGatesBackwardArgs<S>&, int64_t begin, int64_t end);
+  void (*gru_block_reset)(const GruBlockResetArgs<S>&, int64_t begin, int64_t end);
+  void (*gru_block_reset_backward)(const GruBlockResetBackwardArgs<S>&, int64_t begin, int64_t end);
+  void (*gru_block_update)(const GruBlockUpdateArgs<S>&, int64_t begin, int64_t end);
+  void (*gru_block_update_backward)(const GruBlockUpdateBackwardArgs<S>&, int64_t begin, int64_t end);
+  // Ranges of panels, of rows, of outputs, and of groups plus one bias of all panels.
+  void (*one_hot_linear_pack)(const OneHotLinearArgs<S>&, int64_t begin, int64_t end);
+  void (*one_hot_linear)(const OneHotLinearArgs<S>&, int64_t begin, int64_t end);
+  void (*one_hot_linear_few)(const OneHotLinearArgs<S>&, int64_t begin, int64_t end);
+  void (*one_hot_linear_backward)(const OneHotLinearBackwardArgs<S>&, int64_t begin, int64_t end);
   double (*sum_of_squares)(const S* x, int64_t n);
   void (*adam_update)(const AdamArgs<S>&, const math::AdamFactors<S>&, int64_t begin, int64_t end);
 };

@@ -25,15 +25,15 @@ __device__ __forceinline__ S group_max(S value) {
 }
 
 // Replaces each of the kCount values by its sum over the block's kThreads threads. All of them must call.
-template <int kThreads, int kCount>
-__device__ __forceinline__ void block_sum(double (&values)[kCount]) {
+template <int kThreads, typename S, int kCount>
+__device__ __forceinline__ void block_sum(S (&values)[kCount]) {
   constexpr int kWarps = kThreads / kWarp;
   static_assert(kThreads % kWarp == 0);
-  PYWM_SHARED(double, of_warps, [kCount][kWarps]);
+  PYWM_SHARED(S, of_warps, [kCount][kWarps]);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const double sum = warp_sum(values[i]);
+    const S sum = warp_sum(values[i]);
     if (lane == 0) of_warps[i][warp] = sum;
   }
   __syncthreads();

@@ -64,6 +64,10 @@ template <typename S>
 PYWM_HD S sigmoid(S x) {
   return S(1) / (S(1) + exp(-x));
 }
+template <typename S>
+PYWM_HD S sigmoid_slope(S y) {
+  return y * (S(1) - y);
+}
 
 template <typename S>
 PYWM_HD S silu(S x) {
@@ -97,5 +101,57 @@ template <typename S>
 PYWM_HD S relu_grad(S grad, S y) {
   return y <= S(0) ? S(0) : grad;
 }
+
+// Each as a type, with the derivative from x: for kernels that compute y again instead of keeping it.
+struct None {
+  template <typename S>
+  static PYWM_HD S value(S x) {
+    return x;
+  }
+  template <typename S>
+  static PYWM_HD S grad(S grad, S) {
+    return grad;
+  }
+};
+struct Tanh {
+  template <typename S>
+  static PYWM_HD S value(S x) {
+    return tanh(x);
+  }
+  template <typename S>
+  static PYWM_HD S grad(S grad, S x) {
+    return tanh_grad(grad, tanh(x));
+  }
+};
+struct Silu {
+  template <typename S>
+  static PYWM_HD S value(S x) {
+    return silu(x);
+  }
+  template <typename S>
+  static PYWM_HD S grad(S grad, S x) {
+    return grad * silu_slope(x);
+  }
+};
+struct Elu {
+  template <typename S>
+  static PYWM_HD S value(S x) {
+    return elu(x);
+  }
+  template <typename S>
+  static PYWM_HD S grad(S grad, S x) {
+    return elu_grad(grad, elu(x));
+  }
+};
+struct Relu {
+  template <typename S>
+  static PYWM_HD S value(S x) {
+    return relu(x);
+  }
+  template <typename S>
+  static PYWM_HD S grad(S grad, S x) {
+    return relu_grad(grad, x);
+  }
+};
 
 }  // namespace pywm::math

@@ -1,14 +1,10 @@
 // Adam's step for one parameter; see pywm/ops/adam_step.py.
 #pragma once
 
-#include <cmath>
-
 #include "../macros.h"
+#include "exp.h"
 
 namespace pywm::math {
-
-PYWM_HD float sqrt(float x) { return ::sqrtf(x); }
-PYWM_HD double sqrt(double x) { return ::sqrt(x); }
 
 // What a step's numbers come to, the same for all parameters.
 template <typename S>

@@ -50,4 +50,7 @@ PYWM_HD double exp(double x) { return ::exp(x); }
 PYWM_HD float log(float x) { return ::logf(x); }
 PYWM_HD double log(double x) { return ::log(x); }
 
+PYWM_HD float sqrt(float x) { return ::sqrtf(x); }
+PYWM_HD double sqrt(double x) { return ::sqrt(x); }
+
 }  // namespace pywm::math

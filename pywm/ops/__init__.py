@@ -5,8 +5,17 @@ from pywm.ops.adam_step import adam_step_
 from pywm.ops.discounted_return import discounted_return
 from pywm.ops.gae import GAE, gae
 from pywm.ops.imagine import Imagined, imagine
+from pywm.ops.gru_gates import (
+    block_gru_gates,
+    gru_block_reset,
+    gru_block_update,
+    gru_gates,
+    layernorm_gru_gates,
+)
 from pywm.ops.lambda_return import lambda_return
 from pywm.ops.mlp import mlp
+from pywm.ops.norm_act import norm_act
+from pywm.ops.one_hot_linear import one_hot_linear
 from pywm.ops.ppo_loss import PPOLoss, PPOStats, ppo_loss
 from pywm.ops.rssm import Observed, RSSMStep, rssm_observe, rssm_step
 from pywm.ops.rssm_params import Gaussian, Layer, Policy, RSSMConfig, RSSMParams, RSSMState
@@ -29,11 +38,18 @@ __all__ = [
     "VTrace",
     "adam_step_",
     "backend",
+    "block_gru_gates",
     "discounted_return",
     "gae",
     "imagine",
+    "gru_block_reset",
+    "gru_block_update",
+    "gru_gates",
     "lambda_return",
+    "layernorm_gru_gates",
     "mlp",
+    "norm_act",
+    "one_hot_linear",
     "ppo_loss",
     "rssm_observe",
     "rssm_step",

@@ -50,6 +50,23 @@ def same_device(function: str, name: str, x: Tensor, first_name: str, first: Ten
         raise ValueError(f"{function}: {name} is on {x.device}, but {first_name} is on {first.device}")
 
 
+def vector(function: str, name: str, x: object, size: int, first_name: str, first: Tensor) -> None:
+    """Check that ``x`` is a float tensor ``[size]`` with the dtype and device of the first argument."""
+    x = tensor(function, name, x)
+    if tuple(x.shape) != (size,):
+        raise ValueError(
+            f"{function}: {name} is {tuple(x.shape)}, but {(size,)} was expected, as {first_name} is "
+            f"{tuple(first.shape)}"
+        )
+    like(function, name, x, first_name, first)
+
+
+def choice(function: str, name: str, x: object, known: Sequence[str]) -> None:
+    """Check that ``x`` is one of ``known``."""
+    if not isinstance(x, str) or x not in known:
+        raise ValueError(f"{function}: {name} is {x!r}, but one of {', '.join(known)} was expected")
+
+
 def scan(
     function: str,
     floats: dict[str, object],

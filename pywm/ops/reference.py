@@ -15,6 +15,14 @@ from torch.nn import functional
 
 from pywm.distributions import Categorical, DiagGaussian, MultiCategorical
 
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z,
+    "tanh": torch.tanh,
+    "silu": functional.silu,
+    "elu": functional.elu,
+    "relu": torch.relu,
+}
+
 
 def gae(
     reward: Tensor,
@@ -169,18 +177,59 @@ def mlp(
     output_activation: str,
 ) -> Tensor:
     """See :func:`pywm.ops.mlp`."""
-    functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "none": lambda z: z,
-        "tanh": torch.tanh,
-        "silu": functional.silu,
-        "elu": functional.elu,
-        "relu": torch.relu,
-    }
     last = len(weights) - 1
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         z: Tensor = functional.linear(x, weight, bias)
-        x = functions[output_activation if i == last else activation](z)
+        x = _ACTIVATIONS[output_activation if i == last else activation](z)
     return x
+
+
+def norm_act(x: Tensor, scale: Tensor, shift: Tensor | None, norm: str, act: str, eps: float) -> Tensor:
+    """See :func:`pywm.ops.norm_act`."""
+    y = scale * _normalise(x, norm, eps)
+    return _ACTIVATIONS[act](y if shift is None else y + shift)
+
+
+def block_gru_gates(gates: Tensor, deter: Tensor, blocks: int) -> Tensor:
+    """See :func:`pywm.ops.block_gru_gates`."""
+    size = deter.shape[-1] // blocks
+    reset, candidate, update = gates.unflatten(-1, (blocks, 3, size)).unbind(-2)
+    return _gru(reset, candidate, update, deter.unflatten(-1, (blocks, size))).flatten(-2)
+
+
+def layernorm_gru_gates(pre: Tensor, scale: Tensor, shift: Tensor, deter: Tensor, eps: float) -> Tensor:
+    """See :func:`pywm.ops.layernorm_gru_gates`."""
+    reset, candidate, update = (scale * _normalise(pre, "layer", eps) + shift).chunk(3, -1)
+    return _gru(reset, candidate, update, deter)
+
+
+def gru_gates(input: Tensor, hidden: Tensor, deter: Tensor) -> Tensor:  # noqa: A002
+    """See :func:`pywm.ops.gru_gates`."""
+    (i_reset, i_keep, i_candidate), (h_reset, h_keep, h_candidate) = input.chunk(3, -1), hidden.chunk(3, -1)
+    reset, keep = torch.sigmoid(i_reset + h_reset), torch.sigmoid(i_keep + h_keep)
+    candidate = torch.tanh(i_candidate + reset * h_candidate)
+    return keep * deter + (1 - keep) * candidate
+
+
+def gru_block_reset(gates: Tensor, deter: Tensor) -> Tensor:
+    """See :func:`pywm.ops.gru_block_reset`."""
+    reset, _ = gates.chunk(2, -1)
+    return torch.sigmoid(reset) * deter
+
+
+def gru_block_update(gates: Tensor, candidate: Tensor, deter: Tensor) -> Tensor:
+    """See :func:`pywm.ops.gru_block_update`."""
+    update = torch.sigmoid(gates.chunk(2, -1)[1])
+    return update * deter + (1 - update) * torch.tanh(candidate)
+
+
+def one_hot_linear(index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See :func:`pywm.ops.one_hot_linear`."""
+    S = index.shape[-1]
+    K = weight.shape[1] // S
+    columns = index.long().clamp(max=K - 1) + K * torch.arange(S, device=index.device)
+    y = weight.t()[columns].sum(-2)
+    return y if bias is None else y + bias
 
 
 def adam_step_(
@@ -223,3 +272,15 @@ def _select_rows(
     if log_std.ndim == dist.mean.ndim and dist.mean.ndim > 1:
         log_std = log_std.masked_fill(mask, 0)
     return DiagGaussian(dist.mean.masked_fill(mask, 0), log_std)
+
+
+def _normalise(x: Tensor, norm: str, eps: float) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True) if norm == "layer" else x
+    return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+
+
+def _gru(reset: Tensor, candidate: Tensor, update: Tensor, deter: Tensor) -> Tensor:
+    """Return Dreamer's next state from its gates' pre-activations."""
+    candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+    update = torch.sigmoid(update - 1)
+    return update * candidate + (1 - update) * deter

@@ -274,6 +274,98 @@ def _mlp_parameters(inputs: int) -> int:
     return sum((i + 1) * o for i, o in itertools.pairwise((inputs, *_MLP_WIDTHS)))
 
 
+def _normal(*shape: int, g: torch.Generator, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=g, dtype=dtype)
+
+
+def _norm_act(norm: str, act: str, shifted: bool = False) -> Callable[..., Sample]:
+    def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+        D = shape[-1]
+        tensors: dict[str, Tensor | None] = {
+            "x": 0.3 + _normal(*shape, g=g, dtype=dtype),
+            "scale": 1 + 0.3 * _normal(D, g=g, dtype=dtype),
+        }
+        if shifted:
+            tensors["shift"] = 0.3 * _normal(D, g=g, dtype=dtype)
+        # A row of one number has no variance: a smaller eps would make its derivatives a difference of large numbers.
+        return Sample(tensors, {"norm": norm, "act": act, "eps": 1e-2})
+
+    return build
+
+
+def _gates(**factors: int) -> Callable[..., Sample]:
+    """Tensors of a cell, by the multiple of the state's width that they are as wide as."""
+
+    def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+        *rows, D = shape
+        return Sample({name: _normal(*rows, k * D, g=g, dtype=dtype) for name, k in factors.items()})
+
+    return build
+
+
+def _block_gru_gates(blocked: bool) -> Callable[..., Sample]:
+    def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+        sample = _gates(gates=3, deter=1)(shape, g, dtype)
+        sample.numbers["blocks"] = next(k for k in ((4, 3, 2, 1) if blocked else (1,)) if shape[-1] % k == 0)
+        return sample
+
+    return build
+
+
+def _layernorm_gru_gates(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+    sample = _gates(pre=3, deter=1)(shape, g, dtype)
+    pre, deter = sample.tensors.values()
+    W = 3 * shape[-1]
+    scale, shift = 1 + 0.3 * _normal(W, g=g, dtype=dtype), 0.3 * _normal(W, g=g, dtype=dtype)
+    return Sample({"pre": pre, "scale": scale, "shift": shift, "deter": deter}, {"eps": 1e-2})
+
+
+# Groups and classes of the one-hot vectors in the table.
+_ONE_HOT = (3, 5)
+
+
+def _one_hot_linear(biased: bool) -> Callable[..., Sample]:
+    def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+        *rows, U = shape
+        S, K = _ONE_HOT
+        tensors: dict[str, Tensor | None] = {
+            "weight": _normal(U, S * K, g=g, dtype=dtype),
+            "index": torch.randint(K, (*rows, S), generator=g).to(torch.uint8),
+        }
+        if biased:
+            tensors["bias"] = _normal(U, g=g, dtype=dtype)
+        return Sample(tensors)
+
+    return build
+
+
+def _keyword_call(op: Callable[..., Tensor]) -> Callable[[Sample], tuple[Tensor, ...]]:
+    return lambda sample: (op(**sample.tensors, **sample.numbers),)
+
+
+_ROW_SHAPES = ((5, 6), (1, 1), (16, 1), (1, 257), (70, 3), (64, 132), (4, 7, 33), (300, 520), (3,))
+_ROW_BENCH = {"act": (1, 512), "observe": (16, 4096), "imagine": (1024, 512), "imagine_wide": (1024, 3072)}
+
+
+def _gates_info(name: str, call: Callable[..., Tensor], variants: Mapping[str, Any], *names: str) -> OpInfo:
+    """An op on the gates of a cell. ``names``: its tensors, all of them differentiable; the state counts 1."""
+    widths = {"gates": 2 if name.startswith("gru_block") else 3, "pre": 3, "input": 3, "hidden": 3}
+    width = sum(0 if k in ("scale", "shift") else widths.get(k, 1) for k in names)
+    return OpInfo(
+        name=name,
+        call=_keyword_call(call),
+        variants=variants,
+        outputs=("deter",),
+        differentiable=names,
+        kernels=(name, f"{name}_backward"),
+        shapes=_ROW_SHAPES,
+        bench_shapes=_ROW_BENCH,
+        bytes_moved=lambda shape, item: _elements(shape) * (width + 1) * item,
+        bytes_moved_backward=lambda shape, item: _elements(shape) * (2 * width + 1) * item,
+        tol={torch.float32: (1e-4, 2e-5), torch.float64: (1e-10, 1e-10)},
+    )
+
+
 _SCAN_SHAPES = ((5, 3), (1, 1), (16, 1), (1, 257), (15, 0), (64, 129), (300, 5), (7, 1030))
 _SCAN_BENCH = {
     "ppo_cartpole": (32, 8),
@@ -384,5 +476,70 @@ OPS: tuple[OpInfo, ...] = (
         ),
         devices=("cpu",),
         tol={torch.float32: (1e-4, 5e-5), torch.float64: (1e-10, 1e-10)},
+    ),
+    OpInfo(
+        name="norm_act",
+        call=_keyword_call(ops.norm_act),
+        variants={
+            "plain": _norm_act("rms", "silu"),
+            "rms_elu": _norm_act("rms", "elu"),
+            "layer_tanh": _norm_act("layer", "tanh"),
+            "layer_shift_silu": _norm_act("layer", "silu", shifted=True),
+            "layer_shift_relu": _norm_act("layer", "relu", shifted=True),
+            "layer_shift": _norm_act("layer", "none", shifted=True),
+        },
+        outputs=("y",),
+        differentiable=("x", "scale", "shift"),
+        kernels=("norm_act", "norm_act_backward"),
+        shapes=_ROW_SHAPES,
+        bench_shapes=_ROW_BENCH,
+        bytes_moved=lambda shape, item: _elements(shape) * 2 * item,
+        bytes_moved_backward=lambda shape, item: _elements(shape) * 3 * item,
+        tol={torch.float32: (1e-4, 5e-5), torch.float64: (1e-10, 1e-10)},
+    ),
+    _gates_info(
+        "block_gru_gates",
+        ops.block_gru_gates,
+        {"plain": _block_gru_gates(True), "one_block": _block_gru_gates(False)},
+        "gates",
+        "deter",
+    ),
+    _gates_info(
+        "layernorm_gru_gates",
+        ops.layernorm_gru_gates,
+        {"plain": _layernorm_gru_gates},
+        "pre",
+        "scale",
+        "shift",
+        "deter",
+    ),
+    _gates_info(
+        "gru_gates", ops.gru_gates, {"plain": _gates(input=3, hidden=3, deter=1)}, "input", "hidden", "deter"
+    ),
+    _gates_info(
+        "gru_block_reset", ops.gru_block_reset, {"plain": _gates(gates=2, deter=1)}, "gates", "deter"
+    ),
+    _gates_info(
+        "gru_block_update",
+        ops.gru_block_update,
+        {"plain": _gates(gates=2, candidate=1, deter=1)},
+        "gates",
+        "candidate",
+        "deter",
+    ),
+    OpInfo(
+        name="one_hot_linear",
+        call=_keyword_call(ops.one_hot_linear),
+        variants={"plain": _one_hot_linear(True), "no_bias": _one_hot_linear(False)},
+        outputs=("y",),
+        differentiable=("weight", "bias"),
+        kernels=("one_hot_linear", "one_hot_linear_backward"),
+        shapes=((5, 6), (1, 1), (16, 1), (1, 257), (70, 3), (64, 132), (4, 7, 33), (300, 520), (3,)),
+        bench_shapes={"act": (1, 512), "observe": (16, 512), "imagine": (1024, 512)},
+        bytes_moved=lambda shape, item: item * (_elements(shape) + shape[1] * (15 + 1)) + 3 * shape[0],
+        bytes_moved_backward=lambda shape, item: (
+            item * (_elements(shape) + shape[1] * (15 + 1)) + 3 * shape[0]
+        ),
+        tol={torch.float32: (1e-4, 2e-5), torch.float64: (1e-10, 1e-10)},
     ),
 )

@@ -40,6 +40,8 @@ void emulator_set_schedule(int order, uint64_t seed, int resident_blocks) {
 
 int64_t ppo_loss_workspace(int64_t M, int64_t columns) { return pywm::cuda::ppo_loss_workspace(M, columns); }
 
+int64_t norm_act_workspace(int64_t M, int64_t D) { return pywm::cuda::norm_act_workspace(M, D); }
+
 #define EXPORT(op, Args)                                                                                        \
   int op##_f32(const void* args, size_t bytes) { return call<pywm::Args<float>>(pywm::cuda::op, args, bytes); } \
   int op##_f64(const void* args, size_t bytes) { return call<pywm::Args<double>>(pywm::cuda::op, args, bytes); }
@@ -52,4 +54,18 @@ EXPORT(discounted_return, DiscountedReturnArgs)
 EXPORT(discounted_return_backward, DiscountedReturnBackwardArgs)
 EXPORT(ppo_loss_categorical, PpoLossCategoricalArgs)
 EXPORT(ppo_loss_gaussian, PpoLossGaussianArgs)
+EXPORT(norm_act, NormActArgs)
+EXPORT(norm_act_backward, NormActBackwardArgs)
+EXPORT(block_gru_gates, BlockGruGatesArgs)
+EXPORT(block_gru_gates_backward, BlockGruGatesBackwardArgs)
+EXPORT(layernorm_gru_gates, LayernormGruGatesArgs)
+EXPORT(layernorm_gru_gates_backward, LayernormGruGatesBackwardArgs)
+EXPORT(gru_gates, GruGatesArgs)
+EXPORT(gru_gates_backward, GruGatesBackwardArgs)
+EXPORT(gru_block_reset, GruBlockResetArgs)
+EXPORT(gru_block_reset_backward, GruBlockResetBackwardArgs)
+EXPORT(gru_block_update, GruBlockUpdateArgs)
+EXPORT(gru_block_update_backward, GruBlockUpdateBackwardArgs)
+EXPORT(one_hot_linear, OneHotLinearArgs)
+EXPORT(one_hot_linear_backward, OneHotLinearBackwardArgs)
 }

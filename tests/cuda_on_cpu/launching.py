@@ -17,6 +17,9 @@ SOURCES = [
     CSRC / "cuda" / "lambda_return.cu",
     CSRC / "cuda" / "discounted_return.cu",
     CSRC / "cuda" / "ppo_loss.cu",
+    CSRC / "cuda" / "norm_act.cu",
+    CSRC / "cuda" / "gru_gates.cu",
+    CSRC / "cuda" / "one_hot_linear.cu",
     HERE / "launchers.cu",
 ]
 
@@ -32,6 +35,7 @@ class Call:
         outputs: shapes of the outputs, all of ``dtype``; they start as NaN.
         numbers: sizes and options.
         workspace_columns: for the PPO loss: how many columns of log_std are summed over rows.
+        partial_columns: for a normalisation: how many columns of scale and shift are summed over rows.
     """
 
     op: str
@@ -40,6 +44,7 @@ class Call:
     outputs: dict[str, tuple[int, ...]]
     numbers: dict[str, Any]
     workspace_columns: int | None = None
+    partial_columns: int | None = None
 
 
 @dataclass
@@ -97,6 +102,8 @@ def _write_request(request: Path, calls: Sequence[tuple[Call, Schedule]]) -> Non
         }
         if call.workspace_columns is not None:
             entry["workspace_columns"] = call.workspace_columns
+        if call.partial_columns is not None:
+            entry["partial_columns"] = call.partial_columns
         description.append(entry)
     request.with_suffix(".json").write_text(json.dumps(description))
     np.savez(request.with_suffix(".npz"), **arrays)

@@ -34,8 +34,24 @@ STRUCTS = {
     "*grad_reward *grad_discount *grad_bootstrap T N",
     "ppo_loss_categorical": _PPO + "*logits *action *nvec *grad_logits G width",
     "ppo_loss_gaussian": _PPO + "*mean *log_std *action *grad_mean *grad_log_std A log_std_rows",
+    "norm_act": "*x *scale *shift *y M D eps activation layer",
+    "norm_act_backward": "*grad *x *scale *shift *grad_x *grad_scale *grad_shift *partial M D eps activation layer",
+    "block_gru_gates": "*gates *deter *y M D",
+    "block_gru_gates_backward": "*grad *gates *deter *grad_gates *grad_deter M D",
+    "layernorm_gru_gates": "*pre *scale *shift *deter *y M D eps",
+    "layernorm_gru_gates_backward": "*grad *pre *scale *shift *deter "
+    "*grad_pre *grad_scale *grad_shift *grad_deter *partial M D eps",
+    "gru_gates": "*input *hidden *deter *y M D",
+    "gru_gates_backward": "*grad *input *hidden *deter *grad_input *grad_hidden *grad_deter M D",
+    "gru_block_reset": "*gates *deter *y M D",
+    "gru_block_reset_backward": "*grad *gates *deter *grad_gates *grad_deter M D",
+    "gru_block_update": "*gates *candidate *deter *y M D",
+    "gru_block_update_backward": "*grad *gates *candidate *deter *grad_gates *grad_candidate *grad_deter M D",
+    "one_hot_linear": "*weight *bias *index *y *packed M U groups classes",
+    "one_hot_linear_backward": "*grad *index *grad_weight *grad_bias *packed M U groups classes",
 }
-_SIZES = {"T", "N", "M", "G", "width", "A", "log_std_rows"}
+_SIZES = {"T", "N", "M", "G", "width", "A", "log_std_rows", "D", "U", "groups", "classes"}
+_BOOLS = {"normalize_advantage", "layer"}
 _DOUBLES = {"clip", "value_clip", "value_coef", "entropy_coef"}
 _POISON = 0xFF  # as a float: NaN
 
@@ -51,7 +67,9 @@ def struct_type(op: str, dtype: str) -> type[ctypes.Structure]:
             return name, ctypes.c_int64
         if name in _DOUBLES:
             return name, ctypes.c_double
-        return name, ctypes.c_bool if name == "normalize_advantage" else real
+        if name == "activation":
+            return name, ctypes.c_int
+        return name, ctypes.c_bool if name in _BOOLS else real
 
     fields = [field(name) for name in STRUCTS[op].split()]
     return type(op, (ctypes.Structure,), {"_fields_": fields})
@@ -99,6 +117,8 @@ def main() -> None:
     library.emulator_set_schedule.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
     library.ppo_loss_workspace.restype = ctypes.c_int64
     library.ppo_loss_workspace.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    library.norm_act_workspace.restype = ctypes.c_int64
+    library.norm_act_workspace.argtypes = [ctypes.c_int64, ctypes.c_int64]
     calls = json.loads(Path(f"{request}.json").read_text())
     arrays = np.load(f"{request}.npz")
     memory = Memory()
@@ -116,6 +136,9 @@ def main() -> None:
         if "workspace_columns" in call:
             doubles = library.ppo_loss_workspace(call["numbers"]["M"], call["workspace_columns"])
             args.workspace = memory.hold(np.full(doubles, np.nan))
+        if "partial_columns" in call:
+            elements = library.norm_act_workspace(call["numbers"]["M"], call["partial_columns"])
+            args.partial = memory.hold(np.full(elements, np.nan, dtype))
         for name, value in call["numbers"].items():
             setattr(args, name, value)
         library.emulator_set_schedule(*call["schedule"])

@@ -11,6 +11,8 @@ import pytest
 from emulation import CSRC, HERE, MODES, SCHEDULES, build, run_program, why_unavailable
 from launching import SOURCES, launch_all
 from test_ppo_loss import Setting, build_case
+from test_rows import Setting as RowSetting
+from test_rows import build_case as build_row_case
 from test_scans import BUILDERS, cases
 
 BARRIER = re.compile(r"^\s*__sync(?:threads|warp)\(\);")
@@ -23,6 +25,11 @@ BARRIERS = [
 ]
 # Several rows a block at a time and several times, so that barriers at the end of a loop matter too.
 SETTINGS = [Setting(300, nvec=(6,), valid=0.7), Setting(8200, parts=66, shared=True)]
+
+ROW_SETTINGS = [
+    RowSetting("norm_act", 3, 300, norm="layer", shifted=True),
+    RowSetting("one_hot_linear", 70, 33, groups=3, classes=32, shifted=True),
+]
 
 
 @pytest.mark.slow
@@ -53,6 +60,8 @@ def test_a_missing_barrier_is_noticed(
 def races_of_the_launchers() -> list[str]:
     calls = [case.call for op in BUILDERS for case in cases(op, (40, 1)).values()]
     calls += [build_case(setting, "float32").call for setting in SETTINGS]
+    rows = [build_row_case(setting, "float32") for setting in ROW_SETTINGS]
+    calls += [call for case in rows for call in (case.forward, case.backward)]
     results = launch_all([(call, SCHEDULES["forward"]) for call in calls], "tsan")
     return [result.report for result in results if "data race" in result.report]
 
