@@ -202,14 +202,31 @@ def _shape_verdict(case: Case, name: str, before: Tensor, after: Tensor) -> Verd
     if after.shape == before.shape:
         return Verdict.GOOD
     # A distribution may have any width, and log_std two ranks.
-    same_rows = name.startswith("dist.") and after.shape[:-1] == before.shape[:-1]
+    same_rows = _takes_any_width(case, name) and after.shape[:-1] == before.shape[:-1]
     any_rows = _takes_any_rows(case, name) and after.shape[-1:] == before.shape[-1:]
-    return Verdict.MAYBE if same_rows or any_rows or name.endswith("log_std") else Verdict.CLASH
+    alone = case.info.name == "symexp_twohot_mean"  # its only tensor
+    return Verdict.MAYBE if same_rows or any_rows or alone or name.endswith("log_std") else Verdict.CLASH
 
 
 def _takes_any_rows(case: Case, name: str) -> bool:
     """Whether only the last size of an argument is tied to the others: a perceptron's input."""
     return case.info.name == "mlp" and name == "x"
+
+
+def _takes_any_width(case: Case, name: str) -> bool:
+    """Whether the last size of an argument is its own: the classes of a distribution."""
+    return name.startswith("dist.") or name == "logits"
+
+
+# Ops whose rows are not steps of a scan: there may be none of them, and the last size may not be 0.
+ROW_OPS = (
+    "categorical_sample",
+    "kl_balance",
+    "symexp_twohot_loss",
+    "symexp_twohot_mean",
+    "gaussian_sample",
+    "gaussian_kl",
+)
 
 
 def wrong_rank(case: Case, name: str, x: Tensor) -> bool:
@@ -255,13 +272,14 @@ def transposed(case: Case, name: str, x: Tensor) -> bool:
 
 def huge(case: Case, name: str, x: Tensor) -> bool:
     """Products of sizes beyond 2^31 and 2^63; nothing is allocated, and no other argument fits."""
-    if x.ndim == 0:
+    if x.ndim == 0 or case.info.name == "symexp_twohot_mean":  # there, no other argument has to fit
         return False
     big = case.rng.choice([2**31, 2**31 + 1, 2**32 + 3, 2**40])
     shape = [big, *x.shape[1:]] if case.rng.random() < 0.5 else [*x.shape[:-1], big]
     if case.rng.random() < 0.3 and x.ndim > 1:
         shape = [2**31 + 1] * min(x.ndim, 2) + list(x.shape[2:])
-    if math.prod(shape) >= 2**63 or (name.startswith("dist.") and list(shape[:-1]) == list(x.shape[:-1])):
+    any_width = _takes_any_width(case, name) and list(shape[:-1]) == list(x.shape[:-1])
+    if math.prod(shape) >= 2**63 or any_width:
         return False  # no such tensor exists, or a wide distribution would be computed
     if _takes_any_rows(case, name) and shape[-1] == x.shape[-1]:
         return False  # legal, and the result would fill the memory
@@ -599,7 +617,7 @@ def everything_fake(case: Case) -> bool:
 
 def everything_long_and_empty(case: Case) -> bool:
     """Sizes beyond 2^31 that hold nothing."""
-    if case.steps:
+    if case.steps or case.info.name in ROW_OPS:
         return False
     shape = (2**31 + 1, 0)
     tensors = case.sample.tensors
@@ -621,7 +639,8 @@ def no_rows(case: Case) -> bool:
         if isinstance(x, Tensor) and x.ndim and not name.endswith(("bootstrap", "log_std")):
             case.sample.tensors[name] = x[:0]
     scan = next(iter(case.sample.tensors.values()))
-    empty_scan = isinstance(scan, Tensor) and not any(k.startswith("dist.") for k in case.sample.tensors)
+    is_scan = case.info.name not in ROW_OPS and not any(k.startswith("dist.") for k in case.sample.tensors)
+    empty_scan = isinstance(scan, Tensor) and is_scan
     case.note(
         Verdict.BAD if empty_scan else Verdict.MAYBE, next(iter(case.sample.tensors)), "all without rows"
     )

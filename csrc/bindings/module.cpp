@@ -11,9 +11,32 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of pywm. Private: call pywm.ops instead.";
   find_torch();
   pywm::cpu::kernels();  // an unusable PYWM_CPU_ISA is an error now, not at the first call
-  for (const char* name : {"gae", "gae_backward", "lambda_return", "lambda_return_backward", "discounted_return",
-                           "discounted_return_backward", "vtrace", "vtrace_backward", "ppo_loss_categorical",
-                           "ppo_loss_gaussian", "mlp", "mlp_backward", "adam_step_"})
+  for (const char* name : {"gae",
+                           "gae_backward",
+                           "lambda_return",
+                           "lambda_return_backward",
+                           "discounted_return",
+                           "discounted_return_backward",
+                           "vtrace",
+                           "vtrace_backward",
+                           "ppo_loss_categorical",
+                           "ppo_loss_gaussian",
+                           "mlp",
+                           "mlp_backward",
+                           "adam_step_",
+                           "philox",
+                           "categorical_sample",
+                           "categorical_sample_backward",
+                           "kl_balance",
+                           "kl_balance_backward",
+                           "symexp_twohot_loss",
+                           "symexp_twohot_loss_backward",
+                           "symexp_twohot_mean",
+                           "symexp_twohot_mean_backward",
+                           "gaussian_sample",
+                           "gaussian_sample_backward",
+                           "gaussian_kl",
+                           "gaussian_kl_backward"})
     counter(name);
 
   m.attr("__version__") = PYWM_VERSION;
@@ -38,4 +61,5 @@ PYBIND11_MODULE(_C, m) {
   define_ppo_loss(m);
   define_mlp(m);
   define_adam_step(m);
+  define_distributions(m);
 }

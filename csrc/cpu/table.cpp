@@ -14,6 +14,11 @@ void fill_vtrace(Kernels&);
 void fill_ppo_loss(Kernels&);
 void fill_mlp(Kernels&);
 void fill_adam(Kernels&);
+void fill_philox(Kernels&);
+void fill_categorical_sample(Kernels&);
+void fill_kl_balance(Kernels&);
+void fill_symexp_twohot(Kernels&);
+void fill_gaussian(Kernels&);
 
 const Kernels& table() {
   static Kernels filled = [] {
@@ -26,6 +31,11 @@ const Kernels& table() {
     fill_ppo_loss(kernels);
     fill_mlp(kernels);
     fill_adam(kernels);
+    fill_philox(kernels);
+    fill_categorical_sample(kernels);
+    fill_kl_balance(kernels);
+    fill_symexp_twohot(kernels);
+    fill_gaussian(kernels);
     return kernels;
   }();
   return filled;

@@ -10,11 +10,9 @@
 
 #include "../macros.h"
 #include "exp.h"
+#include "row.h"
 
 namespace pywm::math {
-
-// Classes that an index of one byte can tell apart.
-constexpr int64_t kMaxClasses = 256;
 
 // 1 - unimix, and unimix/K.
 template <typename S>
@@ -38,58 +36,29 @@ PYWM_HD S unimix_softmax_grad(S softmax, S grad, S mean, Unimix<S> mix) {
   return mix.keep * softmax * (grad - mean);
 }
 
+// One class of a group of KL(q || p): its share of the sum, and what its gradients are made of. `log_q` and `log_p` are
+// log-softmaxes, looked at only where nothing is mixed in: there the ratio of two tiny probabilities says nothing.
+template <typename S>
+struct KlClass {
+  S q, log_ratio;  // log(q/p)
+  S slope;         // d(log p)/d(softmax of p), times that softmax
+};
+template <typename S>
+PYWM_HD KlClass<S> kl_class(S softmax_q, S softmax_p, S log_q, S log_p, Unimix<S> mix) {
+  const S q = unimix_prob(softmax_q, mix), p = unimix_prob(softmax_p, mix);
+  const bool mixed = mix.floor > S(0);
+  return {q, mixed ? log_of(q / p) : log_q - log_p, mixed ? mix.keep * softmax_p / p : S(1)};
+}
+
+// d(KL)/d(logit) of the prior: `total` is the sum of q·slope over the group.
+template <typename S>
+PYWM_HD S kl_grad_prior(S softmax_p, const KlClass<S>& c, S total) {
+  return softmax_p * total - c.q * c.slope;
+}
+
 // ---- rows, for the CPU: K numbers side by side, nothing allocated ---------------------------------------------------
 
 #if !defined(__CUDACC__)
-
-// Partial results side by side, which fill a vector register. What a row's sum comes to depends on K alone.
-constexpr int64_t kParts = 16;
-
-// The largest of a row; -inf for none. A NaN may get lost here, but not in the sum of exponentials.
-template <typename S>
-PYWM_HD S row_max(const S* __restrict x, int64_t n) {
-  S parts[kParts];
-  for (int64_t j = 0; j < kParts; ++j) parts[j] = -S(INFINITY);
-  int64_t i = 0;
-  for (; i + kParts <= n; i += kParts)
-    for (int64_t j = 0; j < kParts; ++j) parts[j] = x[i + j] > parts[j] ? x[i + j] : parts[j];
-  for (int64_t j = 0; i + j < n; ++j) parts[j] = x[i + j] > parts[j] ? x[i + j] : parts[j];
-  for (int64_t width = kParts / 2; width > 0; width /= 2)
-    for (int64_t j = 0; j < width; ++j) parts[j] = parts[j + width] > parts[j] ? parts[j + width] : parts[j];
-  return parts[0];
-}
-
-// Sum of term(i) over [0, n).
-template <typename S, typename Term>
-PYWM_HD S row_sum(int64_t n, const Term& term) {
-  S parts[kParts];
-  for (int64_t j = 0; j < kParts; ++j) parts[j] = S(0);
-  int64_t i = 0;
-  for (; i + kParts <= n; i += kParts)
-    for (int64_t j = 0; j < kParts; ++j) parts[j] += term(i + j);
-  for (int64_t j = 0; i + j < n; ++j) parts[j] += term(i + j);
-  for (int64_t width = kParts / 2; width > 0; width /= 2)
-    for (int64_t j = 0; j < width; ++j) parts[j] += parts[j + width];
-  return parts[0];
-}
-
-template <typename S>
-struct SoftmaxRow {
-  S top, total;  // the largest logit, and the sum of exp(logit - top)
-};
-
-// softmax [K] of logits [K].
-template <typename S>
-PYWM_HD SoftmaxRow<S> softmax_row(const S* __restrict logits, S* __restrict softmax, int64_t K) {
-  const S top = row_max(logits, K);
-#pragma GCC ivdep
-  for (int64_t k = 0; k < K; ++k) softmax[k] = exp(logits[k] - top);
-  const S total = row_sum<S>(K, [&](int64_t k) { return softmax[k]; });
-  const S inverse = S(1) / total;
-#pragma GCC ivdep
-  for (int64_t k = 0; k < K; ++k) softmax[k] *= inverse;
-  return {top, total};
-}
 
 // cdf [K] of probs [K]; returns their total.
 template <typename S>

@@ -50,6 +50,29 @@ def same_device(function: str, name: str, x: Tensor, first_name: str, first: Ten
         raise ValueError(f"{function}: {name} is on {x.device}, but {first_name} is on {first.device}")
 
 
+def same(function: str, name: str, x: object, first_name: str, first: Tensor) -> Tensor:
+    """Check that ``x`` is a float tensor with the shape, dtype and device of the first argument."""
+    return _floats(function, name, x, tuple(first.shape), first_name, first)
+
+
+def rows(function: str, name: str, x: object, first_name: str, first: Tensor) -> Tensor:
+    """Check that ``x`` is a float tensor with one number for each row of the first argument's last dimension."""
+    return _floats(function, name, x, tuple(first.shape[:-1]), first_name, first)
+
+
+def _floats(
+    function: str, name: str, x: object, expected: tuple[int, ...], first_name: str, first: Tensor
+) -> Tensor:
+    x = tensor(function, name, x)
+    if tuple(x.shape) != expected:
+        raise ValueError(
+            f"{function}: {name} is {tuple(x.shape)}, but {expected} was expected, as {first_name} is "
+            f"{tuple(first.shape)}"
+        )
+    like(function, name, x, first_name, first)
+    return x
+
+
 def scan(
     function: str,
     floats: dict[str, object],
@@ -128,6 +151,16 @@ def number(
             f"{function}: {name} is {shown}, but a number in {opening}{low:g}, {high:g}{closing} was expected"
         )
     return value
+
+
+def integer(function: str, name: str, x: object, low: int, high: int) -> int:
+    """Check that ``x`` is an integer in [low, high]."""
+    if isinstance(x, bool) or not isinstance(x, numbers.Integral | torch.SymInt):
+        raise TypeError(f"{function}: {name} is a {type(x).__name__}, but an int was expected")
+    value = x if isinstance(x, torch.SymInt) else int(x)
+    if not low <= value <= high:
+        raise ValueError(f"{function}: {name} is {value}, but an int in [{low}, {high}] was expected")
+    return value  # type: ignore[return-value]
 
 
 def flag(function: str, name: str, x: object) -> bool:
