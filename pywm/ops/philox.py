@@ -109,9 +109,9 @@ def _philox(
         raise TypeError(f"{function}: dtype is {dtype}, but float32 or float64 was expected")
     key = key if key < 2**63 else key - 2**64  # as the dispatcher's int
     out = torch.empty((T, N, S), device=device, dtype=dtype)
-    if not torch.compiler.is_compiling() and not _native.is_disabled():
-        if _entry(out, key, start, lane, normal, False) is not None:
-            return out
+    eager = not torch.compiler.is_compiling() and not _native.is_disabled()
+    if eager and _entry(out, key, start, lane, normal, False) is not None:
+        return out
     if not _native.supports(out):
         return reference.philox(out, key, start, lane, normal)
     torch.ops.pywm.philox_(out, key, start, lane, normal)

@@ -314,9 +314,9 @@ def _kl_balance(K: int, unimix: float, free_nats: float) -> Callable[..., Sample
 
 
 def _twohot_logits(shape: tuple[int, ...], B: int, g: torch.Generator, dtype: torch.dtype) -> Tensor:
-    # Most of the probability on a few bins of ordinary size, as a trained head has it: the outermost are 5e8.
+    # The probability is on bins of ordinary size, as a trained head has it: the outermost are 5e8.
     x = torch.linspace(-20, 20, B, dtype=dtype)
-    centre = 4 * torch.randn(*shape, 1, generator=g, dtype=dtype)
+    centre = torch.randn(*shape, 1, generator=g, dtype=dtype)
     return torch.randn(*shape, B, generator=g, dtype=dtype) - (x - centre).square()
 
 

@@ -54,7 +54,7 @@ def test_the_kernel_gives_the_published_words(device):
 )
 def test_kernel_and_reference_agree(seed, shape, dtype, device):
     for offset, stream in ((0, 0), (7, 3), (2**32 - shape[0], 2**32 - 1)):
-        arguments = dict(stream=stream, dtype=dtype)
+        arguments = {"stream": stream, "dtype": dtype}
         with kernels(device, 1 if math.prod(shape) else 0):
             uniform = philox_uniform(seed, offset, shape, device=device, **arguments)
         normal = philox_normal(seed, offset, shape, device=device, **arguments)
@@ -80,7 +80,7 @@ def test_a_number_depends_on_its_own_place_alone(device):
             torch.testing.assert_close(again, whole, rtol=0, atol=0)
     finally:
         torch.set_num_threads(before)
-    for other in (dict(seed=6), dict(offset=11), dict(stream=3)):
+    for other in ({"seed": 6}, {"offset": 11}, {"stream": 3}):
         arguments = {"seed": 5, "offset": 10, "stream": 2, **other}
         differs = philox_uniform(shape=(6, 200, 33), device=device, **arguments) != whole
         assert differs.float().mean() > 0.999
