@@ -17,6 +17,11 @@ SOURCES = [
     CSRC / "cuda" / "lambda_return.cu",
     CSRC / "cuda" / "discounted_return.cu",
     CSRC / "cuda" / "ppo_loss.cu",
+    CSRC / "cuda" / "philox.cu",
+    CSRC / "cuda" / "categorical_sample.cu",
+    CSRC / "cuda" / "kl_balance.cu",
+    CSRC / "cuda" / "symexp_twohot.cu",
+    CSRC / "cuda" / "gaussian.cu",
     HERE / "launchers.cu",
 ]
 
@@ -30,6 +35,7 @@ class Call:
         dtype: ``float32`` or ``float64``.
         arrays: the inputs; fields not named here or in ``outputs`` are null.
         outputs: shapes of the outputs, all of ``dtype``; they start as NaN.
+        byte_outputs: shapes of outputs of one byte an element.
         numbers: sizes and options.
         workspace_columns: for the PPO loss: how many columns of log_std are summed over rows.
     """
@@ -40,6 +46,7 @@ class Call:
     outputs: dict[str, tuple[int, ...]]
     numbers: dict[str, Any]
     workspace_columns: int | None = None
+    byte_outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -92,6 +99,7 @@ def _write_request(request: Path, calls: Sequence[tuple[Call, Schedule]]) -> Non
             "dtype": call.dtype,
             "arrays": list(call.arrays),
             "outputs": {name: list(shape) for name, shape in call.outputs.items()},
+            "byte_outputs": {name: list(shape) for name, shape in call.byte_outputs.items()},
             "numbers": call.numbers,
             "schedule": [schedule.order, schedule.seed, schedule.resident],
         }
