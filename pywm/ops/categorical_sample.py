@@ -37,7 +37,7 @@ class CategoricalSample(NamedTuple):
     """
 
     stoch: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls
 
 
 def categorical_sample(logits: Tensor, uniform: Tensor, *, unimix: float = 0.01) -> CategoricalSample:

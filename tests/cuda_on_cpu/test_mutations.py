@@ -10,6 +10,8 @@ import emulation
 import pytest
 from emulation import CSRC, HERE, MODES, SCHEDULES, build, run_program, why_unavailable
 from launching import SOURCES, launch_all
+from test_distributions import SETTINGS as DISTRIBUTIONS
+from test_distributions import build_case as build_distribution_case
 from test_ppo_loss import Setting, build_case
 from test_scans import BUILDERS, cases
 
@@ -53,6 +55,7 @@ def test_a_missing_barrier_is_noticed(
 def races_of_the_launchers() -> list[str]:
     calls = [case.call for op in BUILDERS for case in cases(op, (40, 1)).values()]
     calls += [build_case(setting, "float32").call for setting in SETTINGS]
+    calls += [build_distribution_case(setting, "float32").call for setting in DISTRIBUTIONS]
     results = launch_all([(call, SCHEDULES["forward"]) for call in calls], "tsan")
     return [result.report for result in results if "data race" in result.report]
 
