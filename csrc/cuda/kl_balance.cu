@@ -32,7 +32,9 @@ struct Group {
 
   __device__ __forceinline__ math::KlClass<S> of_class(int64_t k, math::Unimix<S> mix) const {
     const S log_q = (posterior[k] - softmax_q.top) - log_total_q, log_p = (prior[k] - softmax_p.top) - log_total_p;
-    return math::kl_class(softmax_q(posterior[k]), softmax_p(prior[k]), log_q, log_p, mix);
+    const S prob_q = softmax_q(posterior[k]), prob_p = softmax_p(prior[k]);
+    return mix.floor > S(0) ? math::kl_class<true>(prob_q, prob_p, log_q, log_p, mix)
+                            : math::kl_class<false>(prob_q, prob_p, log_q, log_p, mix);
   }
 };
 

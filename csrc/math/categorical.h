@@ -36,18 +36,19 @@ PYWM_HD S unimix_softmax_grad(S softmax, S grad, S mean, Unimix<S> mix) {
   return mix.keep * softmax * (grad - mean);
 }
 
-// One class of a group of KL(q || p): its share of the sum, and what its gradients are made of. `log_q` and `log_p` are
-// log-softmaxes, looked at only where nothing is mixed in: there the ratio of two tiny probabilities says nothing.
+// One class of a group of KL(q || p): its share of the sum, and what its gradients are made of. Where nothing is mixed
+// in, the logarithms come from log-softmaxes, for the ratio of two tiny probabilities says nothing; elsewhere `log_q`
+// and `log_p` are not looked at.
 template <typename S>
 struct KlClass {
   S q, log_ratio;  // log(q/p)
   S slope;         // d(log p)/d(softmax of p), times that softmax
 };
-template <typename S>
+template <bool kMixed, typename S>
 PYWM_HD KlClass<S> kl_class(S softmax_q, S softmax_p, S log_q, S log_p, Unimix<S> mix) {
+  if constexpr (!kMixed) return {softmax_q, log_q - log_p, S(1)};
   const S q = unimix_prob(softmax_q, mix), p = unimix_prob(softmax_p, mix);
-  const bool mixed = mix.floor > S(0);
-  return {q, mixed ? log_of(q / p) : log_q - log_p, mixed ? mix.keep * softmax_p / p : S(1)};
+  return {q, log_of(q / p), mix.keep * softmax_p / p};
 }
 
 // d(KL)/d(logit) of the prior: `total` is the sum of q·slope over the group.

@@ -14,6 +14,18 @@ namespace pywm::math {
 // Partial results side by side, which fill a vector register. What a row's sum comes to depends on K alone.
 constexpr int64_t kParts = 16;
 
+// Partial results into one, by halves.
+template <int64_t kCount, typename S, typename Combine>
+PYWM_HD S fold(S* parts, const Combine& combine) {
+  if constexpr (kCount == 1) {
+    return parts[0];
+  } else {
+    S halves[kCount / 2];
+    for (int64_t j = 0; j < kCount / 2; ++j) halves[j] = combine(parts[j], parts[j + kCount / 2]);
+    return fold<kCount / 2>(halves, combine);
+  }
+}
+
 // The largest of a row; -inf for none. A NaN may get lost here, but not in the sum of exponentials.
 template <typename S>
 PYWM_HD S row_max(const S* __restrict x, int64_t n) {
@@ -23,9 +35,7 @@ PYWM_HD S row_max(const S* __restrict x, int64_t n) {
   for (; i + kParts <= n; i += kParts)
     for (int64_t j = 0; j < kParts; ++j) parts[j] = x[i + j] > parts[j] ? x[i + j] : parts[j];
   for (int64_t j = 0; i + j < n; ++j) parts[j] = x[i + j] > parts[j] ? x[i + j] : parts[j];
-  for (int64_t width = kParts / 2; width > 0; width /= 2)
-    for (int64_t j = 0; j < width; ++j) parts[j] = parts[j + width] > parts[j] ? parts[j + width] : parts[j];
-  return parts[0];
+  return fold<kParts>(parts, [](S a, S b) { return b > a ? b : a; });
 }
 
 // Sum of term(i) over [0, n).
@@ -37,9 +47,7 @@ PYWM_HD S row_sum(int64_t n, const Term& term) {
   for (; i + kParts <= n; i += kParts)
     for (int64_t j = 0; j < kParts; ++j) parts[j] += term(i + j);
   for (int64_t j = 0; i + j < n; ++j) parts[j] += term(i + j);
-  for (int64_t width = kParts / 2; width > 0; width /= 2)
-    for (int64_t j = 0; j < width; ++j) parts[j] += parts[j + width];
-  return parts[0];
+  return fold<kParts>(parts, [](S a, S b) { return a + b; });
 }
 
 template <typename S>
