@@ -163,7 +163,8 @@ def categorical_case(setting: Setting, dtype: str, g: np.random.Generator) -> Ca
 def kl_case(setting: Setting, dtype: str, g: np.random.Generator) -> Case:
     (M, G, K), (unimix, free_nats) = setting.sizes, setting.options
     posterior, prior = ((2 * g.standard_normal((M, G, K))).astype(dtype) for _ in range(2))
-    posterior[: M // 3] = prior[: M // 3] + 0.01  # some rows are free
+    if free_nats > 1:  # a row whose nats are free, but whose gradient would not be zero
+        posterior[0] = prior[0] + (0.3 * g.standard_normal((G, K))).astype(dtype)
     leaves = {"posterior": _leaf(posterior), "prior": _leaf(prior)}
     dynamics, representation, kl = reference.kl_balance(*leaves.values(), unimix, free_nats)
     numbers = {"M": M, "G": G, "K": K, "unimix": unimix, "free_nats": free_nats}
