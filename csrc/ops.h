@@ -293,6 +293,117 @@ struct AdamArgs {
   double lr, beta1, beta2, eps, max_grad_norm;
 };
 
+// Random numbers by counting, out [T, N, slots]: element (t, n, s) takes word s % 4 of the counter (n, offset + t,
+// stream, s / 4), see math/philox.h. Uniform in [0, 1), or standard normal.
+template <typename S>
+struct PhiloxArgs {
+  S* out;
+  int64_t T, N, slots;
+  uint64_t seed;
+  int64_t offset, stream;
+  bool normal;
+};
+
+constexpr int64_t kMaxClasses = 256;  // that an index of one byte can tell apart
+constexpr int64_t kMaxBins = 1023;    // a table of them fits into a CUDA block's shared memory
+
+// M groups of K <= kMaxClasses classes: logits, stoch [M, K]; uniform, index [M].
+template <typename S>
+struct CategoricalSampleArgs {
+  const S *logits, *uniform;
+  S* stoch;
+  uint8_t* index;
+  int64_t M, K;
+  double unimix;
+};
+
+template <typename S>
+struct CategoricalSampleBackwardArgs {
+  const S *grad, *logits;
+  S* grad_logits;
+  int64_t M, K;
+  double unimix;
+};
+
+// M rows of G groups of K <= kMaxClasses classes: posterior, prior [M, G, K]; outputs [M].
+template <typename S>
+struct KlBalanceArgs {
+  const S *posterior, *prior;
+  S *dynamics, *representation, *kl;
+  int64_t M, G, K;
+  double unimix, free_nats;
+};
+
+template <typename S>
+struct KlBalanceBackwardArgs {
+  const S *grad_dynamics, *grad_representation, *posterior, *prior, *kl;
+  S *grad_posterior, *grad_prior;
+  int64_t M, G, K;
+  double unimix, free_nats;
+};
+
+// Two-hot over B bins, symexp of evenly spaced numbers, B odd, 3 <= B <= kMaxBins: logits [M, B], the rest [M].
+template <typename S>
+struct SymexpTwohotLossArgs {
+  const S *logits, *target;
+  S* loss;
+  int64_t M, B;
+};
+
+template <typename S>
+struct SymexpTwohotLossBackwardArgs {
+  const S *grad, *logits, *target;
+  S* grad_logits;
+  int64_t M, B;
+};
+
+template <typename S>
+struct SymexpTwohotMeanArgs {
+  const S* logits;
+  S* mean;
+  int64_t M, B;
+};
+
+template <typename S>
+struct SymexpTwohotMeanBackwardArgs {
+  const S *grad, *logits, *mean;
+  S* grad_logits;
+  int64_t M, B;
+};
+
+// All of [P]. std = softplus(raw_std) + min_std, or with `sigmoid2` 2·sigmoid(raw_std / 2) + min_std.
+template <typename S>
+struct GaussianSampleArgs {
+  const S *mean, *raw_std, *noise;
+  S *sample, *std;
+  int64_t P;
+  S min_std;
+  bool sigmoid2;
+};
+
+template <typename S>
+struct GaussianSampleBackwardArgs {
+  const S *grad_sample, *grad_std, *raw_std, *noise;
+  S *grad_mean, *grad_raw_std;
+  int64_t P;
+  bool sigmoid2;
+};
+
+// KL(q || p) of diagonal Gaussians, all of [M, Z], summed over Z: kl [M].
+template <typename S>
+struct GaussianKlArgs {
+  const S *mean_q, *std_q, *mean_p, *std_p;
+  S* kl;
+  int64_t M, Z;
+};
+
+template <typename S>
+struct GaussianKlBackwardArgs {
+  const S *grad, *mean_q, *std_q, *mean_p, *std_p;
+  S *grad_mean_q, *grad_std_q, *grad_mean_p, *grad_std_p;
+  int64_t M, Z;
+};
+
 enum class RssmCell { kBlockGru, kLayerNormGru, kGru, kGruBlock };
 enum class Norm { kNone, kRms, kLayer };
 
@@ -481,6 +592,32 @@ template <typename S>
 int64_t one_hot_linear_workspace(int64_t U, int64_t columns);
 template <typename S>
 void adam_step(const AdamArgs<S>&);
+template <typename S>
+void philox(const PhiloxArgs<S>&);
+template <typename S>
+void categorical_sample(const CategoricalSampleArgs<S>&);
+template <typename S>
+void categorical_sample_backward(const CategoricalSampleBackwardArgs<S>&);
+template <typename S>
+void kl_balance(const KlBalanceArgs<S>&);
+template <typename S>
+void kl_balance_backward(const KlBalanceBackwardArgs<S>&);
+template <typename S>
+void symexp_twohot_loss(const SymexpTwohotLossArgs<S>&);
+template <typename S>
+void symexp_twohot_loss_backward(const SymexpTwohotLossBackwardArgs<S>&);
+template <typename S>
+void symexp_twohot_mean(const SymexpTwohotMeanArgs<S>&);
+template <typename S>
+void symexp_twohot_mean_backward(const SymexpTwohotMeanBackwardArgs<S>&);
+template <typename S>
+void gaussian_sample(const GaussianSampleArgs<S>&);
+template <typename S>
+void gaussian_sample_backward(const GaussianSampleBackwardArgs<S>&);
+template <typename S>
+void gaussian_kl(const GaussianKlArgs<S>&);
+template <typename S>
+void gaussian_kl_backward(const GaussianKlBackwardArgs<S>&);
 
 }  // namespace cpu
 
@@ -504,6 +641,32 @@ template <typename S>
 void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&, Stream);
 // Doubles of scratch that a call needs: M rows, `columns` of log_std whose gradient is summed over rows (else 0).
 int64_t ppo_loss_workspace(int64_t M, int64_t columns);
+template <typename S>
+void philox(const PhiloxArgs<S>&, Stream);
+template <typename S>
+void categorical_sample(const CategoricalSampleArgs<S>&, Stream);
+template <typename S>
+void categorical_sample_backward(const CategoricalSampleBackwardArgs<S>&, Stream);
+template <typename S>
+void kl_balance(const KlBalanceArgs<S>&, Stream);
+template <typename S>
+void kl_balance_backward(const KlBalanceBackwardArgs<S>&, Stream);
+template <typename S>
+void symexp_twohot_loss(const SymexpTwohotLossArgs<S>&, Stream);
+template <typename S>
+void symexp_twohot_loss_backward(const SymexpTwohotLossBackwardArgs<S>&, Stream);
+template <typename S>
+void symexp_twohot_mean(const SymexpTwohotMeanArgs<S>&, Stream);
+template <typename S>
+void symexp_twohot_mean_backward(const SymexpTwohotMeanBackwardArgs<S>&, Stream);
+template <typename S>
+void gaussian_sample(const GaussianSampleArgs<S>&, Stream);
+template <typename S>
+void gaussian_sample_backward(const GaussianSampleBackwardArgs<S>&, Stream);
+template <typename S>
+void gaussian_kl(const GaussianKlArgs<S>&, Stream);
+template <typename S>
+void gaussian_kl_backward(const GaussianKlBackwardArgs<S>&, Stream);
 template <typename S>
 void norm_act(const NormActArgs<S>&, Stream);
 template <typename S>

@@ -35,6 +35,7 @@ void define_gru_gates(py::module_& m);
 void define_one_hot_linear(py::module_& m);
 void define_adam_step(py::module_& m);
 void define_rssm(py::module_& m);
+void define_distributions(py::module_& m);
 
 // ---- torch, looked up once -----------------------------------------------------------------------------------------
 
@@ -202,6 +203,8 @@ class Call {
     return empty(shape.begin(), static_cast<int>(shape.size()), pointer);
   }
   py::object empty(const int64_t* shape, int rank, void*& pointer);
+  // The same, of torch.uint8.
+  py::object bytes(const int64_t* shape, int rank, void*& pointer);
   // One that is wanted, or an empty tensor in its place and a null pointer.
   py::object wanted(bool yes, void*& pointer) {
     if (yes) return like_first(pointer);
@@ -250,9 +253,10 @@ class Call {
  private:
   static void* data(const View& v) { return static_cast<char*>(v.data) + v.byte_offset; }
 
-  bool same_dtype(const View& v) const {
-    return v.dtype.bits == first_.dtype.bits && v.dtype.code == first_.dtype.code;
+  static bool is_dtype(const View& v, abi::DType dtype) {
+    return v.dtype.bits == dtype.bits && v.dtype.code == dtype.code;
   }
+  bool same_dtype(const View& v) const { return is_dtype(v, first_.dtype); }
 
   bool fits(const View& v, const View& like, int rank, int64_t extra) const {
     if (v.ndim != rank + (extra >= 0) || !abi::same_device(v, first_)) return false;
@@ -274,7 +278,8 @@ class Call {
     return pointer ? pointer : static_cast<const void*>(&torch);
   }
 
-  py::object adopt(PyObject* made, int64_t expected, void*& pointer);
+  py::object empty(abi::DType dtype, const int64_t* shape, int rank, void*& pointer);
+  py::object adopt(PyObject* made, abi::DType dtype, int64_t expected, void*& pointer);
 
   const char* name_;
   bool direct_;

@@ -97,13 +97,21 @@ py::object Call::like_first(void*& pointer) {
   if (on_cpu() && first_.ndim <= kMaxRank) return empty(first_.shape, first_.ndim, pointer);
   PyObject* args[] = {torch.module, object_.ptr()};
   PyObject* made = PyObject_VectorcallMethod(torch.s_empty_like, args, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
-  return adopt(made, numel(), pointer);
+  return adopt(made, first_.dtype, numel(), pointer);
 }
 
 py::object Call::empty(const int64_t* shape, int rank, void*& pointer) {
+  return empty(first_.dtype, shape, rank, pointer);
+}
+
+py::object Call::bytes(const int64_t* shape, int rank, void*& pointer) {
+  return empty(abi::DType{abi::kUInt, 8, 1}, shape, rank, pointer);
+}
+
+py::object Call::empty(abi::DType dtype, const int64_t* shape, int rank, void*& pointer) {
   if (!ok_) return py::none();
   if (on_cpu() && rank <= kMaxRank)
-    if (abi::Managed* block = new_block(first_.dtype, shape, rank, &pointer)) {
+    if (abi::Managed* block = new_block(dtype, shape, rank, &pointer)) {
       void* made = nullptr;
       if (torch.api->managed_to_python(block, &made) != 0) {
         block->deleter(block);
@@ -117,17 +125,20 @@ py::object Call::empty(const int64_t* shape, int rank, void*& pointer) {
     sizes[i] = py::int_(shape[i]);
     n *= shape[i];
   }
+  if (dtype.code != first_.dtype.code)
+    return adopt(object_.attr("new_empty")(sizes, "dtype"_a = py::handle(torch.module).attr("uint8")).release().ptr(),
+                 dtype, n, pointer);
   PyObject* args[] = {object_.ptr(), sizes.ptr()};
   PyObject* made = PyObject_VectorcallMethod(torch.s_new_empty, args, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
-  return adopt(made, n, pointer);
+  return adopt(made, dtype, n, pointer);
 }
 
 // What torch made, looked up each time so that whoever replaces the function (a test that poisons) is obeyed.
-py::object Call::adopt(PyObject* made, int64_t expected, void*& pointer) {
+py::object Call::adopt(PyObject* made, abi::DType dtype, int64_t expected, void*& pointer) {
   if (!made) rethrow();
   py::object object = py::reinterpret_steal<py::object>(made);
   View v;
-  if (!view_of(object, v) || abi::numel(v) != expected || !same_dtype(v) || !abi::is_contiguous(v) ||
+  if (!view_of(object, v) || abi::numel(v) != expected || !is_dtype(v, dtype) || !abi::is_contiguous(v) ||
       !abi::same_device(v, first_)) {
     refuse();
     return py::none();

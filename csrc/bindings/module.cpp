@@ -40,7 +40,20 @@ PYBIND11_MODULE(_C, m) {
                            "adam_step_",
                            "rssm_observe",
                            "rssm_observe_backward",
-                           "rssm_imagine"})
+                           "rssm_imagine",
+                           "philox",
+                           "categorical_sample",
+                           "categorical_sample_backward",
+                           "kl_balance",
+                           "kl_balance_backward",
+                           "symexp_twohot_loss",
+                           "symexp_twohot_loss_backward",
+                           "symexp_twohot_mean",
+                           "symexp_twohot_mean_backward",
+                           "gaussian_sample",
+                           "gaussian_sample_backward",
+                           "gaussian_kl",
+                           "gaussian_kl_backward"})
     counter(name);
 
   m.attr("__version__") = PYWM_VERSION;
@@ -70,4 +83,5 @@ PYBIND11_MODULE(_C, m) {
   define_one_hot_linear(m);
   define_adam_step(m);
   define_rssm(m);
+  define_distributions(m);
 }

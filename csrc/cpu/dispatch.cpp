@@ -498,6 +498,62 @@ void rssm_imagine(const RssmImagineArgs<S>& a) {
   });
 }
 
+// Rows of distributions: an exponential or a logarithm takes about the time of so many elements of a scan.
+constexpr int64_t kWorkPerExp = 4;
+
+template <typename S>
+void philox(const PhiloxArgs<S>& a) {
+  over_range(of<S>(kernels()).philox, a, a.T * a.N, 1, a.T * a.N * a.slots * kWorkPerExp);
+}
+template <typename S>
+void categorical_sample(const CategoricalSampleArgs<S>& a) {
+  over_range(of<S>(kernels()).categorical_sample, a, a.M, 1, a.M * a.K * kWorkPerExp);
+}
+template <typename S>
+void categorical_sample_backward(const CategoricalSampleBackwardArgs<S>& a) {
+  over_range(of<S>(kernels()).categorical_sample_backward, a, a.M, 1, a.M * a.K * kWorkPerExp);
+}
+template <typename S>
+void kl_balance(const KlBalanceArgs<S>& a) {
+  over_range(of<S>(kernels()).kl_balance, a, a.M, 1, 2 * a.M * a.G * a.K * kWorkPerExp);
+}
+template <typename S>
+void kl_balance_backward(const KlBalanceBackwardArgs<S>& a) {
+  over_range(of<S>(kernels()).kl_balance_backward, a, a.M, 1, 2 * a.M * a.G * a.K * kWorkPerExp);
+}
+template <typename S>
+void symexp_twohot_loss(const SymexpTwohotLossArgs<S>& a) {
+  over_range(of<S>(kernels()).symexp_twohot_loss, a, a.M, 1, a.M * a.B * kWorkPerExp);
+}
+template <typename S>
+void symexp_twohot_loss_backward(const SymexpTwohotLossBackwardArgs<S>& a) {
+  over_range(of<S>(kernels()).symexp_twohot_loss_backward, a, a.M, 1, a.M * a.B * kWorkPerExp);
+}
+template <typename S>
+void symexp_twohot_mean(const SymexpTwohotMeanArgs<S>& a) {
+  over_range(of<S>(kernels()).symexp_twohot_mean, a, a.M, 1, a.M * a.B * kWorkPerExp);
+}
+template <typename S>
+void symexp_twohot_mean_backward(const SymexpTwohotMeanBackwardArgs<S>& a) {
+  over_range(of<S>(kernels()).symexp_twohot_mean_backward, a, a.M, 1, a.M * a.B * kWorkPerExp);
+}
+template <typename S>
+void gaussian_sample(const GaussianSampleArgs<S>& a) {
+  over_range(of<S>(kernels()).gaussian_sample, a, a.P, 64, a.P * kWorkPerExp);
+}
+template <typename S>
+void gaussian_sample_backward(const GaussianSampleBackwardArgs<S>& a) {
+  over_range(of<S>(kernels()).gaussian_sample_backward, a, a.P, 64, a.P * kWorkPerExp);
+}
+template <typename S>
+void gaussian_kl(const GaussianKlArgs<S>& a) {
+  over_range(of<S>(kernels()).gaussian_kl, a, a.M, 1, a.M * a.Z * kWorkPerExp);
+}
+template <typename S>
+void gaussian_kl_backward(const GaussianKlBackwardArgs<S>& a) {
+  over_range(of<S>(kernels()).gaussian_kl_backward, a, a.M, 1, a.M * a.Z * kWorkPerExp);
+}
+
 #define PYWM_INSTANTIATE(S) \
   template void gae(const GaeArgs<S>&); \
   template void gae_backward(const GaeBackwardArgs<S>&); \
@@ -534,7 +590,20 @@ void rssm_imagine(const RssmImagineArgs<S>& a) {
   template void gru_block_update_backward(const GruBlockUpdateBackwardArgs<S>&); \
   template void one_hot_linear(const OneHotLinearArgs<S>&); \
   template void one_hot_linear_backward(const OneHotLinearBackwardArgs<S>&); \
-  template int64_t one_hot_linear_workspace<S>(int64_t, int64_t);
+  template int64_t one_hot_linear_workspace<S>(int64_t, int64_t); \
+  template void philox(const PhiloxArgs<S>&); \
+  template void categorical_sample(const CategoricalSampleArgs<S>&); \
+  template void categorical_sample_backward(const CategoricalSampleBackwardArgs<S>&); \
+  template void kl_balance(const KlBalanceArgs<S>&); \
+  template void kl_balance_backward(const KlBalanceBackwardArgs<S>&); \
+  template void symexp_twohot_loss(const SymexpTwohotLossArgs<S>&); \
+  template void symexp_twohot_loss_backward(const SymexpTwohotLossBackwardArgs<S>&); \
+  template void symexp_twohot_mean(const SymexpTwohotMeanArgs<S>&); \
+  template void symexp_twohot_mean_backward(const SymexpTwohotMeanBackwardArgs<S>&); \
+  template void gaussian_sample(const GaussianSampleArgs<S>&); \
+  template void gaussian_sample_backward(const GaussianSampleBackwardArgs<S>&); \
+  template void gaussian_kl(const GaussianKlArgs<S>&); \
+  template void gaussian_kl_backward(const GaussianKlBackwardArgs<S>&);
 PYWM_INSTANTIATE(float)
 PYWM_INSTANTIATE(double)
 

@@ -19,6 +19,11 @@ void fill_one_hot_linear(Kernels&);
 void fill_adam(Kernels&);
 void fill_rssm_observe(Kernels&);
 void fill_rssm_imagine(Kernels&);
+void fill_philox(Kernels&);
+void fill_categorical_sample(Kernels&);
+void fill_kl_balance(Kernels&);
+void fill_symexp_twohot(Kernels&);
+void fill_gaussian(Kernels&);
 
 const Kernels& table() {
   static Kernels filled = [] {
@@ -36,6 +41,11 @@ const Kernels& table() {
     fill_adam(kernels);
     fill_rssm_observe(kernels);
     fill_rssm_imagine(kernels);
+    fill_philox(kernels);
+    fill_categorical_sample(kernels);
+    fill_kl_balance(kernels);
+    fill_symexp_twohot(kernels);
+    fill_gaussian(kernels);
     return kernels;
   }();
   return filled;

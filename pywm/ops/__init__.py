@@ -2,6 +2,7 @@
 
 from pywm.ops._native import Backend, backend
 from pywm.ops.adam_step import adam_step_
+from pywm.ops.categorical_sample import CategoricalSample, categorical_sample
 from pywm.ops.discounted_return import discounted_return
 from pywm.ops.gae import GAE, gae
 from pywm.ops.imagine import Imagined, imagine
@@ -19,6 +20,10 @@ from pywm.ops.one_hot_linear import one_hot_linear
 from pywm.ops.ppo_loss import PPOLoss, PPOStats, ppo_loss
 from pywm.ops.rssm import Observed, RSSMStep, rssm_observe, rssm_step
 from pywm.ops.rssm_params import Gaussian, Layer, Policy, RSSMConfig, RSSMParams, RSSMState
+from pywm.ops.gaussian import GaussianSample, gaussian_kl, gaussian_sample
+from pywm.ops.kl_balance import KLBalance, kl_balance
+from pywm.ops.philox import philox_normal, philox_uniform
+from pywm.ops.symexp_twohot import symexp_twohot_loss, symexp_twohot_mean
 from pywm.ops.vtrace import VTrace, vtrace
 
 __all__ = [
@@ -28,6 +33,9 @@ __all__ = [
     "Imagined",
     "Layer",
     "Observed",
+    "CategoricalSample",
+    "GaussianSample",
+    "KLBalance",
     "PPOLoss",
     "PPOStats",
     "Policy",
@@ -45,6 +53,10 @@ __all__ = [
     "gru_block_reset",
     "gru_block_update",
     "gru_gates",
+    "categorical_sample",
+    "gaussian_kl",
+    "gaussian_sample",
+    "kl_balance",
     "lambda_return",
     "layernorm_gru_gates",
     "mlp",
@@ -53,5 +65,9 @@ __all__ = [
     "ppo_loss",
     "rssm_observe",
     "rssm_step",
+    "philox_normal",
+    "philox_uniform",
+    "symexp_twohot_loss",
+    "symexp_twohot_mean",
     "vtrace",
 ]

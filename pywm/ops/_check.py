@@ -65,6 +65,22 @@ def choice(function: str, name: str, x: object, known: Sequence[str]) -> None:
     """Check that ``x`` is one of ``known``."""
     if not isinstance(x, str) or x not in known:
         raise ValueError(f"{function}: {name} is {x!r}, but one of {', '.join(known)} was expected")
+def same(function: str, name: str, x: object, first_name: str, first: Tensor) -> Tensor:
+    """Check that ``x`` is a float tensor with the shape, dtype and device of the first argument."""
+    return _floats(function, name, x, tuple(first.shape), first_name, first)
+
+
+def rows(function: str, name: str, x: object, first_name: str, first: Tensor) -> Tensor:
+    """Check that ``x`` is a float tensor with one number for each row of the first argument's last dimension."""
+    return _floats(function, name, x, tuple(first.shape[:-1]), first_name, first)
+
+
+def _floats(
+    function: str, name: str, x: object, expected: tuple[int, ...], first_name: str, first: Tensor
+) -> Tensor:
+    if tuple(x.shape) != expected:
+            f"{function}: {name} is {tuple(x.shape)}, but {expected} was expected, as {first_name} is "
+    return x
 
 
 def scan(
@@ -145,6 +161,16 @@ def number(
             f"{function}: {name} is {shown}, but a number in {opening}{low:g}, {high:g}{closing} was expected"
         )
     return value
+
+
+def integer(function: str, name: str, x: object, low: int, high: int) -> int:
+    """Check that ``x`` is an integer in [low, high]."""
+    if isinstance(x, bool) or not isinstance(x, numbers.Integral | torch.SymInt):
+        raise TypeError(f"{function}: {name} is a {type(x).__name__}, but an int was expected")
+    value = x if isinstance(x, torch.SymInt) else int(x)
+    if not low <= value <= high:
+        raise ValueError(f"{function}: {name} is {value}, but an int in [{low}, {high}] was expected")
+    return value  # type: ignore[return-value]
 
 
 def flag(function: str, name: str, x: object) -> bool:

@@ -230,6 +230,122 @@ def one_hot_linear(index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     columns = index.long().clamp(max=K - 1) + K * torch.arange(S, device=index.device)
     y = weight.t()[columns].sum(-2)
     return y if bias is None else y + bias
+def philox_words(row: Tensor, step: Tensor, stream: Tensor, block: Tensor, seed: int) -> tuple[Tensor, ...]:
+    """Philox4x32-10: four words of 32 bits, held in int64, of counters in int64 that broadcast."""
+    mask = 2**32 - 1
+    c0, c1, c2, c3 = torch.broadcast_tensors(row, step, stream, block)
+    k0, k1 = seed & mask, (seed >> 32) & mask
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # modulo 2^64
+        c0, c1, c2, c3 = ((b >> 32) & mask) ^ c1 ^ k0, b & mask, ((a >> 32) & mask) ^ c3 ^ k1, a & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c0, c1, c2, c3
+
+
+def philox(out: Tensor, seed: int, offset: int, stream: int, normal: bool) -> Tensor:
+    """See :func:`pywm.ops.philox_uniform` and :func:`pywm.ops.philox_normal`. Only the shape of ``out`` matters."""
+    T, N, S = out.shape
+
+    def count(n: int) -> Tensor:
+        return torch.arange(n, dtype=torch.int64, device=out.device)
+
+    words = philox_words(
+        count(N).view(1, N, 1),
+        offset + count(T).view(T, 1, 1),
+        torch.tensor(stream, dtype=torch.int64, device=out.device),
+        count((S + 3) // 4),
+        seed,
+    )
+    uniform = (torch.stack(words, -1) >> 8).to(out.dtype) / 2**24
+    if normal:
+        radius = (-2 * (uniform[..., ::2] + 2**-24).log()).sqrt()
+        angle = 2 * math.pi * uniform[..., 1::2]
+        uniform = torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(3)
+    return uniform.flatten(2)[..., :S].contiguous()
+
+
+def categorical_sample(logits: Tensor, uniform: Tensor, unimix: float) -> tuple[Tensor, Tensor]:
+    """See :func:`pywm.ops.categorical_sample`."""
+    K = logits.shape[-1]
+    probs = (1 - unimix) * logits.softmax(-1) + unimix / K
+    total = torch.zeros_like(uniform)
+    sums = []
+    for prob in probs.detach().unbind(-1):  # one class after the other, as the kernels do
+        total = total + prob
+        sums.append(total)
+    below = torch.stack(sums, -1) <= (uniform.detach() * total).unsqueeze(-1)
+    index = below.sum(-1).clamp(max=K - 1)
+    onehot = (torch.arange(K, device=logits.device) == index.unsqueeze(-1)).to(logits.dtype)
+    return onehot + (probs - probs.detach()), index.to(torch.uint8)
+
+
+def kl_balance(
+    posterior: Tensor, prior: Tensor, unimix: float, free_nats: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`pywm.ops.kl_balance`."""
+
+    def log_probs(logits: Tensor) -> Tensor:
+        if unimix == 0:
+            return logits.log_softmax(-1)
+        return ((1 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1]).log()
+
+    def divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
+        return (log_q.exp() * (log_q - log_p)).sum((-2, -1))
+
+    free = min(free_nats, torch.finfo(posterior.dtype).max)
+
+    def beyond_free(kl: Tensor) -> Tensor:
+        return torch.where(kl <= free, torch.full_like(kl, free), kl)
+
+    log_q, log_p = log_probs(posterior), log_probs(prior)
+    dynamics, representation = divergence(log_q.detach(), log_p), divergence(log_q, log_p.detach())
+    return beyond_free(dynamics), beyond_free(representation), representation.detach()
+
+
+def symexp_bins(B: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the bins of :func:`pywm.ops.symexp_twohot_loss`, antisymmetric, with an exact 0 in the middle."""
+    half = torch.linspace(0, 20, (B + 1) // 2, dtype=torch.float64, device=device).expm1().to(dtype)
+    return torch.cat([-half[1:].flip(0), half])
+
+
+def symexp_twohot_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """See :func:`pywm.ops.symexp_twohot_loss`."""
+    B = logits.shape[-1]
+    bins = symexp_bins(B, logits.dtype, logits.device)
+    target = target.detach()
+    y = torch.where(target < bins[0], bins[0], torch.where(target > bins[-1], bins[-1], target))
+    low = ((bins <= y.unsqueeze(-1)).sum(-1) - 1).clamp(0, B - 2)
+    weight = (y - bins[low]) / (bins[low + 1] - bins[low])
+    log_probs = logits.log_softmax(-1)
+    of_low = log_probs.gather(-1, low.unsqueeze(-1)).squeeze(-1)
+    of_high = log_probs.gather(-1, low.unsqueeze(-1) + 1).squeeze(-1)
+    return -((1 - weight) * of_low + weight * of_high)
+
+
+def symexp_twohot_mean(logits: Tensor) -> Tensor:
+    """See :func:`pywm.ops.symexp_twohot_mean`."""
+    middle = logits.shape[-1] // 2
+    bins = symexp_bins(logits.shape[-1], logits.dtype, logits.device)
+    probs = logits.softmax(-1)
+    pairs = probs[..., middle + 1 :] - probs[..., :middle].flip(-1)
+    return (bins[middle + 1 :] * pairs).sum(-1)
+
+
+def gaussian_sample(
+    mean: Tensor, raw_std: Tensor, noise: Tensor, min_std: float, sigmoid2: bool
+) -> tuple[Tensor, Tensor]:
+    """See :func:`pywm.ops.gaussian_sample`."""
+    if sigmoid2:
+        std = 2 * torch.sigmoid(raw_std / 2) + min_std
+    else:
+        std = torch.logaddexp(raw_std, torch.zeros_like(raw_std)) + min_std
+    return mean + std * noise.detach(), std
+
+
+def gaussian_kl(mean_q: Tensor, std_q: Tensor, mean_p: Tensor, std_p: Tensor) -> Tensor:
+    """See :func:`pywm.ops.gaussian_kl`."""
+    ratio, z = std_q / std_p, (mean_q - mean_p) / std_p
+    return (0.5 * (ratio.square() + z.square() - 1) - ratio.log()).sum(-1)
 
 
 def adam_step_(

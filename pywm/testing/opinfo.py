@@ -7,6 +7,7 @@ the benchmarks by its row in :data:`OPS`.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,6 +60,7 @@ class OpInfo:
         bench_shapes: sizes worth timing, by the workload they come from.
         bytes_moved: least traffic to and from memory of a forward call in bytes, from a shape and an item size.
         bytes_moved_backward: the same for a backward call with all gradients wanted.
+        has_derivative: whether the gradient is the derivative, as gradcheck measures it; a straight-through one is not.
         devices: where compiled kernels exist.
         tol: (rtol, atol) against the float64 reference, by dtype.
     """
@@ -74,6 +76,7 @@ class OpInfo:
     bytes_moved: Callable[[tuple[int, ...], int], int]
     bytes_moved_backward: Callable[[tuple[int, ...], int], int]
     differentiable_outputs: int = 1
+    has_derivative: bool = True
     devices: tuple[str, ...] = ("cpu", "cuda")
     tol: Mapping[torch.dtype, tuple[float, float]] = field(
         default_factory=lambda: {torch.float32: (2e-5, 2e-5), torch.float64: (1e-11, 1e-11)}
@@ -289,6 +292,23 @@ def _norm_act(norm: str, act: str, shifted: bool = False) -> Callable[..., Sampl
             tensors["shift"] = 0.3 * _normal(D, g=g, dtype=dtype)
         # A row of one number has no variance: a smaller eps would make its derivatives a difference of large numbers.
         return Sample(tensors, {"norm": norm, "act": act, "eps": 1e-2})
+# ---- distributions: shapes are [..., S], groups, or [..., Z], parts; classes and bins come with the variant
+
+_CLASSES = 32
+_BINS = 255
+
+
+def _categorical_sample(K: int, unimix: float) -> Callable[..., Sample]:
+        logits = 2 * torch.randn(*shape, K, generator=g, dtype=dtype)
+        uniform = torch.rand(shape, generator=g, dtype=dtype)
+        # Where a uniform number lies at a boundary, rounding decides: between the two, or the largest one, it does not.
+        probs = (1 - unimix) * logits.double().softmax(-1) + unimix / K
+        edges = torch.cat([torch.zeros_like(probs[..., :1]), probs.cumsum(-1)], -1)
+        near = (edges - uniform.unsqueeze(-1)).abs().amin(-1) < 1e-4
+        widest, class_ = probs.max(-1)
+        inside = edges.gather(-1, class_.unsqueeze(-1)).squeeze(-1) + widest / 2
+        uniform = torch.where(near, inside.to(dtype), uniform)
+        return Sample({"logits": logits, "uniform": uniform}, {"unimix": unimix})
 
     return build
 
@@ -299,6 +319,15 @@ def _gates(**factors: int) -> Callable[..., Sample]:
     def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
         *rows, D = shape
         return Sample({name: _normal(*rows, k * D, g=g, dtype=dtype) for name, k in factors.items()})
+def _categorical_sample_call(sample: Sample) -> tuple[Tensor, ...]:
+    stoch, index = ops.categorical_sample(**sample.tensors, **sample.numbers)  # type: ignore[arg-type]
+    return stoch, index.to(stoch.dtype)  # all outputs compare alike
+
+
+def _kl_balance(K: int, unimix: float, free_nats: float) -> Callable[..., Sample]:
+        posterior, prior = 2 * torch.randn(2, *shape, K, generator=g, dtype=dtype)
+        numbers = {"unimix": unimix, "free_nats": free_nats}
+        return Sample({"posterior": posterior.clone(), "prior": prior.clone()}, numbers)
 
     return build
 
@@ -308,6 +337,18 @@ def _block_gru_gates(blocked: bool) -> Callable[..., Sample]:
         sample = _gates(gates=3, deter=1)(shape, g, dtype)
         sample.numbers["blocks"] = next(k for k in ((4, 3, 2, 1) if blocked else (1,)) if shape[-1] % k == 0)
         return sample
+def _twohot_logits(shape: tuple[int, ...], B: int, g: torch.Generator, dtype: torch.dtype) -> Tensor:
+    # The probability is on bins of ordinary size, as a trained head has it: the outermost are 5e8.
+    x = torch.linspace(-20, 20, B, dtype=dtype)
+    centre = torch.randn(*shape, 1, generator=g, dtype=dtype)
+    return torch.randn(*shape, B, generator=g, dtype=dtype) - (x - centre).square()
+
+
+def _symexp_twohot_loss(B: int) -> Callable[..., Sample]:
+        logits = torch.randn(*shape, B, generator=g, dtype=dtype)
+        target = torch.randn(shape, generator=g, dtype=dtype)
+        target = target.sign() * (5 * target).abs().expm1()  # some beyond the outermost bin
+        return Sample({"logits": logits, "target": target})
 
     return build
 
@@ -335,6 +376,8 @@ def _one_hot_linear(biased: bool) -> Callable[..., Sample]:
         if biased:
             tensors["bias"] = _normal(U, g=g, dtype=dtype)
         return Sample(tensors)
+def _symexp_twohot_mean(B: int) -> Callable[..., Sample]:
+        return Sample({"logits": _twohot_logits(shape, B, g, dtype)})
 
     return build
 
@@ -364,6 +407,42 @@ def _gates_info(name: str, call: Callable[..., Tensor], variants: Mapping[str, A
         bytes_moved_backward=lambda shape, item: _elements(shape) * (2 * width + 1) * item,
         tol={torch.float32: (1e-4, 2e-5), torch.float64: (1e-10, 1e-10)},
     )
+def _gaussian_sample(kind: str) -> Callable[..., Sample]:
+    def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+        mean, raw_std, noise = torch.randn(3, *shape, generator=g, dtype=dtype)
+        tensors = {"mean": mean.clone(), "raw_std": 3 * raw_std, "noise": noise.clone()}
+        return Sample({**tensors}, {"kind": kind})
+
+    return build
+
+
+def _gaussian_kl(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+    mean_q, std_q, mean_p, std_p = torch.randn(4, *shape, generator=g, dtype=dtype)
+    tensors = {
+        "mean_q": mean_q.clone(),
+        "std_q": (0.5 * std_q).exp(),
+        "mean_p": mean_p.clone(),
+        "std_p": (0.5 * std_p).exp(),
+    }
+    return Sample({**tensors})
+
+
+def _tensor_call(op: Callable[..., Any], several: bool) -> Callable[[Sample], tuple[Tensor, ...]]:
+    def call(sample: Sample) -> tuple[Tensor, ...]:
+        result = op(**sample.tensors, **sample.numbers)
+        return tuple(result) if several else (result,)
+
+    return call
+
+
+_ROW_SHAPES = ((3, 2), (1, 1), (4,), (2, 33), (0, 3), (5, 8), (3, 4, 5), (70, 9))
+_GROUPS_BENCH = {"observe": (16, 32), "replay": (1024, 32), "imagine": (16384, 32)}
+_TWOHOT_BENCH = {"observe": (16,), "replay": (1024,), "imagine": (16384,)}
+_PARTS_BENCH = {"observe": (50, 30), "replay": (2500, 30), "wide": (65536, 30)}
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return math.prod(shape[:-1])
 
 
 _SCAN_SHAPES = ((5, 3), (1, 1), (16, 1), (1, 257), (15, 0), (64, 129), (300, 5), (7, 1030))
@@ -541,5 +620,73 @@ OPS: tuple[OpInfo, ...] = (
             item * (_elements(shape) + shape[1] * (15 + 1)) + 3 * shape[0]
         ),
         tol={torch.float32: (1e-4, 2e-5), torch.float64: (1e-10, 1e-10)},
+        name="categorical_sample",
+        call=_categorical_sample_call,
+            "plain": _categorical_sample(_CLASSES, 0.01),
+            "few": _categorical_sample(5, 0.2),
+            "wide": _categorical_sample(250, 0.1),
+            "unmixed": _categorical_sample(4, 0.0),
+            "alone": _categorical_sample(1, 0.01),
+        outputs=("stoch", "index"),
+        differentiable=("logits",),
+        kernels=("categorical_sample", "categorical_sample_backward"),
+        bench_shapes=_GROUPS_BENCH,
+        bytes_moved=lambda shape, item: math.prod(shape) * (item * (2 * _CLASSES + 1) + 1),
+        bytes_moved_backward=lambda shape, item: math.prod(shape) * item * 3 * _CLASSES,
+        has_derivative=False,
+        name="kl_balance",
+        call=_tensor_call(ops.kl_balance, several=True),
+            "plain": _kl_balance(_CLASSES, 0.01, 1.0),
+            "few": _kl_balance(5, 0.1, 3.0),
+            "unmixed": _kl_balance(16, 0.0, 0.0),
+        outputs=("dynamics", "representation", "kl"),
+        differentiable=("posterior", "prior"),
+        kernels=("kl_balance", "kl_balance_backward"),
+        bench_shapes=_GROUPS_BENCH,
+        bytes_moved=lambda shape, item: item * (math.prod(shape) * 2 * _CLASSES + 3 * _rows(shape)),
+        bytes_moved_backward=lambda shape, item: item * (math.prod(shape) * 4 * _CLASSES + 3 * _rows(shape)),
+        differentiable_outputs=2,
+        has_derivative=False,
+        name="symexp_twohot_loss",
+        call=_tensor_call(ops.symexp_twohot_loss, several=False),
+        variants={"plain": _symexp_twohot_loss(_BINS), "few": _symexp_twohot_loss(15)},
+        outputs=("loss",),
+        differentiable=("logits",),
+        kernels=("symexp_twohot_loss", "symexp_twohot_loss_backward"),
+        bench_shapes=_TWOHOT_BENCH,
+        bytes_moved=lambda shape, item: item * math.prod(shape) * (_BINS + 2),
+        bytes_moved_backward=lambda shape, item: item * math.prod(shape) * (2 * _BINS + 2),
+        name="symexp_twohot_mean",
+        call=_tensor_call(ops.symexp_twohot_mean, several=False),
+        variants={"plain": _symexp_twohot_mean(_BINS), "few": _symexp_twohot_mean(15)},
+        outputs=("mean",),
+        differentiable=("logits",),
+        kernels=("symexp_twohot_mean", "symexp_twohot_mean_backward"),
+        bench_shapes=_TWOHOT_BENCH,
+        bytes_moved=lambda shape, item: item * math.prod(shape) * (_BINS + 1),
+        bytes_moved_backward=lambda shape, item: item * math.prod(shape) * (2 * _BINS + 2),
+        tol={
+            torch.float32: (1e-4, 1e-3),
+            torch.float64: (1e-11, 1e-10),
+        },  # sums of products with bins of thousands
+        name="gaussian_sample",
+        call=_tensor_call(ops.gaussian_sample, several=True),
+        variants={"plain": _gaussian_sample("softplus"), "sigmoid2": _gaussian_sample("sigmoid2")},
+        outputs=("sample", "std"),
+        differentiable=("mean", "raw_std"),
+        kernels=("gaussian_sample", "gaussian_sample_backward"),
+        bench_shapes=_PARTS_BENCH,
+        bytes_moved=lambda shape, item: item * math.prod(shape) * 5,
+        bytes_moved_backward=lambda shape, item: item * math.prod(shape) * 6,
+        differentiable_outputs=2,
+        name="gaussian_kl",
+        call=_tensor_call(ops.gaussian_kl, several=False),
+        variants={"plain": _gaussian_kl},
+        outputs=("kl",),
+        differentiable=("mean_q", "std_q", "mean_p", "std_p"),
+        kernels=("gaussian_kl", "gaussian_kl_backward"),
+        bench_shapes=_PARTS_BENCH,
+        bytes_moved=lambda shape, item: item * (math.prod(shape) * 4 + _rows(shape)),
+        bytes_moved_backward=lambda shape, item: item * (math.prod(shape) * 8 + _rows(shape)),
     ),
 )

@@ -7,6 +7,7 @@
 #include <exception>
 #include <string>
 
+#include "math/philox.h"
 #include "ops.h"
 
 namespace {
@@ -41,6 +42,10 @@ void emulator_set_schedule(int order, uint64_t seed, int resident_blocks) {
 int64_t ppo_loss_workspace(int64_t M, int64_t columns) { return pywm::cuda::ppo_loss_workspace(M, columns); }
 
 int64_t norm_act_workspace(int64_t M, int64_t D) { return pywm::cuda::norm_act_workspace(M, D); }
+void philox_words(const uint32_t* counter, uint64_t seed, uint32_t* words) {
+  const auto made = pywm::math::philox(counter[0], counter[1], counter[2], counter[3], seed);
+  for (int i = 0; i < 4; ++i) words[i] = made.word[i];
+}
 
 #define EXPORT(op, Args)                                                                                        \
   int op##_f32(const void* args, size_t bytes) { return call<pywm::Args<float>>(pywm::cuda::op, args, bytes); } \
@@ -68,4 +73,17 @@ EXPORT(gru_block_update, GruBlockUpdateArgs)
 EXPORT(gru_block_update_backward, GruBlockUpdateBackwardArgs)
 EXPORT(one_hot_linear, OneHotLinearArgs)
 EXPORT(one_hot_linear_backward, OneHotLinearBackwardArgs)
+EXPORT(philox, PhiloxArgs)
+EXPORT(categorical_sample, CategoricalSampleArgs)
+EXPORT(categorical_sample_backward, CategoricalSampleBackwardArgs)
+EXPORT(kl_balance, KlBalanceArgs)
+EXPORT(kl_balance_backward, KlBalanceBackwardArgs)
+EXPORT(symexp_twohot_loss, SymexpTwohotLossArgs)
+EXPORT(symexp_twohot_loss_backward, SymexpTwohotLossBackwardArgs)
+EXPORT(symexp_twohot_mean, SymexpTwohotMeanArgs)
+EXPORT(symexp_twohot_mean_backward, SymexpTwohotMeanBackwardArgs)
+EXPORT(gaussian_sample, GaussianSampleArgs)
+EXPORT(gaussian_sample_backward, GaussianSampleBackwardArgs)
+EXPORT(gaussian_kl, GaussianKlArgs)
+EXPORT(gaussian_kl_backward, GaussianKlBackwardArgs)
 }

@@ -20,6 +20,11 @@ SOURCES = [
     CSRC / "cuda" / "norm_act.cu",
     CSRC / "cuda" / "gru_gates.cu",
     CSRC / "cuda" / "one_hot_linear.cu",
+    CSRC / "cuda" / "philox.cu",
+    CSRC / "cuda" / "categorical_sample.cu",
+    CSRC / "cuda" / "kl_balance.cu",
+    CSRC / "cuda" / "symexp_twohot.cu",
+    CSRC / "cuda" / "gaussian.cu",
     HERE / "launchers.cu",
 ]
 
@@ -33,6 +38,7 @@ class Call:
         dtype: ``float32`` or ``float64``.
         arrays: the inputs; fields not named here or in ``outputs`` are null.
         outputs: shapes of the outputs, all of ``dtype``; they start as NaN.
+        byte_outputs: shapes of outputs of one byte an element.
         numbers: sizes and options.
         workspace_columns: for the PPO loss: how many columns of log_std are summed over rows.
         partial_columns: for a normalisation: how many columns of scale and shift are summed over rows.
@@ -45,6 +51,7 @@ class Call:
     numbers: dict[str, Any]
     workspace_columns: int | None = None
     partial_columns: int | None = None
+    byte_outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -97,6 +104,7 @@ def _write_request(request: Path, calls: Sequence[tuple[Call, Schedule]]) -> Non
             "dtype": call.dtype,
             "arrays": list(call.arrays),
             "outputs": {name: list(shape) for name, shape in call.outputs.items()},
+            "byte_outputs": {name: list(shape) for name, shape in call.byte_outputs.items()},
             "numbers": call.numbers,
             "schedule": [schedule.order, schedule.seed, schedule.resident],
         }

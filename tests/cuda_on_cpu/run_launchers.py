@@ -49,10 +49,26 @@ STRUCTS = {
     "gru_block_update_backward": "*grad *gates *candidate *deter *grad_gates *grad_candidate *grad_deter M D",
     "one_hot_linear": "*weight *bias *index *y *packed M U groups classes",
     "one_hot_linear_backward": "*grad *index *grad_weight *grad_bias *packed M U groups classes",
+    "philox": "*out T N slots seed offset stream normal",
+    "categorical_sample": "*logits *uniform *stoch *index M K unimix",
+    "categorical_sample_backward": "*grad *logits *grad_logits M K unimix",
+    "kl_balance": "*posterior *prior *dynamics *representation *kl M G K unimix free_nats",
+    "kl_balance_backward": "*grad_dynamics *grad_representation *posterior *prior *kl *grad_posterior *grad_prior "
+    "M G K unimix free_nats",
+    "symexp_twohot_loss": "*logits *target *loss M B",
+    "symexp_twohot_loss_backward": "*grad *logits *target *grad_logits M B",
+    "symexp_twohot_mean": "*logits *mean M B",
+    "symexp_twohot_mean_backward": "*grad *logits *mean *grad_logits M B",
+    "gaussian_sample": "*mean *raw_std *noise *sample *std P min_std sigmoid2",
+    "gaussian_sample_backward": "*grad_sample *grad_std *raw_std *noise *grad_mean *grad_raw_std P sigmoid2",
+    "gaussian_kl": "*mean_q *std_q *mean_p *std_p *kl M Z",
+    "gaussian_kl_backward": "*grad *mean_q *std_q *mean_p *std_p "
+    "*grad_mean_q *grad_std_q *grad_mean_p *grad_std_p M Z",
 }
-_SIZES = {"T", "N", "M", "G", "width", "A", "log_std_rows", "D", "U", "groups", "classes"}
-_BOOLS = {"normalize_advantage", "layer"}
-_DOUBLES = {"clip", "value_clip", "value_coef", "entropy_coef"}
+_SIZES = {"T", "N", "M", "G", "K", "B", "Z", "P", "D", "U", "A"}
+_SIZES |= {"width", "log_std_rows", "slots", "offset", "stream", "groups", "classes"}
+_DOUBLES = {"clip", "value_clip", "value_coef", "entropy_coef", "unimix", "free_nats"}
+_FLAGS = {"normalize_advantage", "layer", "normal", "sigmoid2"}
 _POISON = 0xFF  # as a float: NaN
 
 
@@ -69,7 +85,9 @@ def struct_type(op: str, dtype: str) -> type[ctypes.Structure]:
             return name, ctypes.c_double
         if name == "activation":
             return name, ctypes.c_int
-        return name, ctypes.c_bool if name in _BOOLS else real
+        if name == "seed":
+            return name, ctypes.c_uint64
+        return name, ctypes.c_bool if name in _FLAGS else real
 
     fields = [field(name) for name in STRUCTS[op].split()]
     return type(op, (ctypes.Structure,), {"_fields_": fields})
@@ -130,6 +148,8 @@ def main() -> None:
         args = struct_type(op, dtype)()
         for name in call["arrays"]:
             setattr(args, name, memory.hold(arrays[f"{number}/{name}"]))
+        for name, shape in call["byte_outputs"].items():
+            setattr(args, name, memory.hold(np.full(shape, _POISON, np.uint8)))
         for name, shape in call["outputs"].items():
             poison = np.full(int(np.prod(shape)) * np.dtype(dtype).itemsize, _POISON, np.uint8)
             setattr(args, name, memory.hold(poison))
@@ -150,6 +170,10 @@ def main() -> None:
             got = {
                 name: memory.read(getattr(args, name), shape, dtype)
                 for name, shape in call["outputs"].items()
+            }
+            got |= {
+                name: memory.read(getattr(args, name), shape, "uint8")
+                for name, shape in call["byte_outputs"].items()
             }
             np.savez(results / f"{number}.npz", **got)
         memory.free()

@@ -10,6 +10,8 @@ import emulation
 import pytest
 from emulation import CSRC, HERE, MODES, SCHEDULES, build, run_program, why_unavailable
 from launching import SOURCES, launch_all
+from test_distributions import SETTINGS as DISTRIBUTIONS
+from test_distributions import build_case as build_distribution_case
 from test_ppo_loss import Setting, build_case
 from test_rows import Setting as RowSetting
 from test_rows import build_case as build_row_case
@@ -62,6 +64,7 @@ def races_of_the_launchers() -> list[str]:
     calls += [build_case(setting, "float32").call for setting in SETTINGS]
     rows = [build_row_case(setting, "float32") for setting in ROW_SETTINGS]
     calls += [call for case in rows for call in (case.forward, case.backward)]
+    calls += [build_distribution_case(setting, "float32").call for setting in DISTRIBUTIONS]
     results = launch_all([(call, SCHEDULES["forward"]) for call in calls], "tsan")
     return [result.report for result in results if "data race" in result.report]
 

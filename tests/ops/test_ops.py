@@ -89,6 +89,8 @@ def test_fast_path_equals_the_differentiable_path(info, variant, device):
 @cases
 def test_gradcheck_in_double_on_the_shipped_kernel(info, variant, device):
     skip_without_kernel(info, device)
+    if not info.has_derivative:
+        pytest.skip(f"{info.name}: its gradient is not its derivative; its own tests look at it")
     sample = with_grad(info, info.sample(info.shapes[0], variant, torch.float64, device))
     names = [k for k in sample.tensors if k in info.differentiable]
 
@@ -237,7 +239,8 @@ def test_second_derivative_of_a_plain_sum_is_an_error_unless_it_is_zero(info, va
         for g in torch.autograd.grad(second, leaves(info, sample), allow_unused=True)
     )
     if not curved:
-        assert info.name in ("gae", "discounted_return", "vtrace", "one_hot_linear"), (
+        # And the sum of a one-hot is 1 whatever the logits are.
+        assert info.name in ("gae", "discounted_return", "vtrace", "one_hot_linear", "categorical_sample"), (
             "only a linear op has no second derivative"
         )
         return
