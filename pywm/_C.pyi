@@ -6,6 +6,7 @@ from typing import Any
 __version__: str
 cuda_reason: str
 has_cuda: bool
+keeps_memory: bool
 max_groups: int
 
 def adam_step_(
@@ -31,6 +32,8 @@ def block_gru_gates_backward(
     want_deter: bool,
 ) -> Any: ...
 def calls() -> dict[str, tuple[int, int]]: ...
+def categorical_sample(logits: Any, uniform: Any, unimix: Any, direct: bool) -> Any: ...
+def categorical_sample_backward(grad: Any, logits: Any, unimix: float) -> Any: ...
 def cpu_isa() -> str: ...
 def cpu_isas() -> str: ...
 def cuda_device_count() -> int: ...
@@ -69,6 +72,35 @@ def gae_backward(
     want_value: bool,
     want_next_value: bool,
 ) -> Any: ...
+def gaussian_kl(mean_q: Any, std_q: Any, mean_p: Any, std_p: Any, direct: bool) -> Any: ...
+def gaussian_kl_backward(
+    grad: Any,
+    mean_q: Any,
+    std_q: Any,
+    mean_p: Any,
+    std_p: Any,
+    want_mean_q: bool,
+    want_std_q: bool,
+    want_mean_p: bool,
+    want_std_p: bool,
+) -> Any: ...
+def gaussian_sample(
+    mean: Any,
+    raw_std: Any,
+    noise: Any,
+    min_std: Any,
+    sigmoid2: bool,
+    direct: bool,
+) -> Any: ...
+def gaussian_sample_backward(
+    grad_sample: Any,
+    grad_std: Any,
+    raw_std: Any,
+    noise: Any,
+    sigmoid2: bool,
+    want_mean: bool,
+    want_raw_std: bool,
+) -> Any: ...
 def gru_block_reset(gates: Any, deter: Any, direct: bool) -> Any: ...
 def gru_block_reset_backward(
     grad: Any,
@@ -96,6 +128,18 @@ def gru_gates_backward(
     want_input: bool,
     want_hidden: bool,
     want_deter: bool,
+) -> Any: ...
+def kl_balance(posterior: Any, prior: Any, unimix: Any, free_nats: Any, direct: bool) -> Any: ...
+def kl_balance_backward(
+    grad_dynamics: Any,
+    grad_representation: Any,
+    posterior: Any,
+    prior: Any,
+    kl: Any,
+    unimix: float,
+    free_nats: float,
+    want_posterior: bool,
+    want_prior: bool,
 ) -> Any: ...
 def lambda_return(
     reward: Any,
@@ -173,6 +217,7 @@ def one_hot_linear_backward(
     want_weight: bool,
     want_bias: bool,
 ) -> Any: ...
+def philox(out: Any, seed: Any, offset: Any, stream: Any, normal: bool, direct: bool) -> Any: ...
 def poison(on: bool) -> None: ...
 def ppo_loss_categorical(
     logits: Any,
@@ -214,6 +259,55 @@ def ppo_loss_gaussian(
     direct: bool,
 ) -> Any: ...
 def register_result(name: str, type: type[Any]) -> None: ...
+def rssm_imagine(
+    form: Any,
+    weights: Any,
+    action_in: Any,
+    prior: Any,
+    policy: Any,
+    stoch_proj: Any,
+    policy_proj: Any,
+    noise: Any,
+    action_noise: Any,
+    force: Any,
+    force_action: Any,
+    deter: Any,
+    stoch: Any,
+    index: Any,
+) -> Any: ...
+def rssm_observe(
+    form: Any,
+    weights: Any,
+    token_proj: Any,
+    action_proj: Any,
+    deter0: Any,
+    stoch_proj: Any,
+    noise: Any,
+    is_first: Any,
+    force: Any,
+    index: Any,
+    keep: bool,
+) -> Any: ...
+def rssm_observe_backward(
+    form: Any,
+    weights: Any,
+    grad_deter: Any,
+    grad_stats: Any,
+    grad_stoch: Any,
+    deter0: Any,
+    deter: Any,
+    stats: Any,
+    noise: Any,
+    is_first: Any,
+    u: Any,
+    cell1: Any,
+    cell2: Any,
+    o: Any,
+) -> Any: ...
+def symexp_twohot_loss(logits: Any, target: Any, direct: bool) -> Any: ...
+def symexp_twohot_loss_backward(grad: Any, logits: Any, target: Any) -> Any: ...
+def symexp_twohot_mean(logits: Any, direct: bool) -> Any: ...
+def symexp_twohot_mean_backward(grad: Any, logits: Any, mean: Any) -> Any: ...
 def vtrace(
     log_ratio: Any,
     reward: Any,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -10,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pywm.ops.gaussian import gaussian_kl
 from pywm.ops.imagine import Imagined, imagine
-from pywm.ops.reference_rssm import probs
+from pywm.ops.kl_balance import kl_balance
 from pywm.ops.rssm import Observed, RSSMStep, rssm_observe, rssm_step
 from pywm.ops.rssm_params import Gaussian, Layer, Policy, RSSMConfig, RSSMParams, RSSMState
 
@@ -126,7 +128,7 @@ class RSSM(nn.Module):
                 self.gates = dense(2 * D, H + D, "none")
                 self.candidate = dense(D, H + D, "none")
         widths = [D, *[H] * c.prior_layers]
-        self.prior = nn.ModuleList([dense(b, a) for a, b in zip(widths[:-1], widths[1:], strict=True)])
+        self.prior = nn.ModuleList([dense(b, a) for a, b in itertools.pairwise(widths)])
         self.prior.append(dense(c.stats_width, H, "none"))
         self.posterior = nn.ModuleList([dense(H, D + E), dense(c.stats_width, H, "none")])
         for part in self.modules():
@@ -178,7 +180,12 @@ class RSSM(nn.Module):
         return rssm_step(self.params(), state, prev_action, *args, **options)
 
     def observe(
-        self, embed: Tensor, prev_action: Tensor, is_first: Tensor, state: RSSMState | None = None, **options: Any
+        self,
+        embed: Tensor,
+        prev_action: Tensor,
+        is_first: Tensor,
+        state: RSSMState | None = None,
+        **options: Any,
     ) -> Observed:
         """Filter a window; see :func:`pywm.rssm_observe`. Without a state it begins at zeros."""
         if state is None:
@@ -191,9 +198,7 @@ class RSSM(nn.Module):
         """Imagine from N starts; see :func:`pywm.imagine`."""
         return imagine(self.params(), policy, state, horizon, **options)
 
-    def kl(
-        self, posterior: Tensor | Gaussian, prior: Tensor | Gaussian, *, free_nats: float = 1.0
-    ) -> KL:
+    def kl(self, posterior: Tensor | Gaussian, prior: Tensor | Gaussian, *, free_nats: float = 1.0) -> KL:
         """Return the two halves of the balanced KL divergence, KL(posterior || prior) in nats.
 
         Args:
@@ -207,21 +212,13 @@ class RSSM(nn.Module):
         Source:
             Hafner et al. (2023), eq. 5.
         """
-        divergence = self._divergence
-        dynamics = divergence(_detached(posterior), prior).clamp(min=free_nats)
-        representation = divergence(posterior, _detached(prior)).clamp(min=free_nats)
-        return KL(dynamics, representation)
-
-    def _divergence(self, posterior: Tensor | Gaussian, prior: Tensor | Gaussian) -> Tensor:
         if isinstance(posterior, Gaussian):
-            assert isinstance(prior, Gaussian)
-            ratio = posterior.std / prior.std
-            distance = (posterior.mean - prior.mean) / prior.std
-            return (0.5 * (ratio.square() + distance.square() - 1) - ratio.log()).sum(-1)
-        assert isinstance(prior, Tensor)
-        q, p = probs(posterior, self.config.unimix), probs(prior, self.config.unimix)
-        return (q * (q.log() - p.log())).sum((-2, -1))
-
-
-def _detached(x: Tensor | Gaussian) -> Tensor | Gaussian:
-    return x.detach() if isinstance(x, Tensor) else Gaussian(x.mean.detach(), x.std.detach())
+            if not isinstance(prior, Gaussian):
+                raise TypeError(f"kl: prior is a {type(prior).__name__}, but a Gaussian was expected")
+            dynamics = gaussian_kl(*(x.detach() for x in posterior), *prior)
+            representation = gaussian_kl(*posterior, *(x.detach() for x in prior))
+            return KL(dynamics.clamp(min=free_nats), representation.clamp(min=free_nats))
+        if isinstance(prior, Gaussian):
+            raise TypeError("kl: prior is a Gaussian, but logits were expected")
+        result = kl_balance(posterior, prior, unimix=self.config.unimix, free_nats=free_nats)
+        return KL(result.dynamics, result.representation)

@@ -5,7 +5,7 @@ from pywm.ops.adam_step import adam_step_
 from pywm.ops.categorical_sample import CategoricalSample, categorical_sample
 from pywm.ops.discounted_return import discounted_return
 from pywm.ops.gae import GAE, gae
-from pywm.ops.imagine import Imagined, imagine
+from pywm.ops.gaussian import GaussianSample, gaussian_kl, gaussian_sample
 from pywm.ops.gru_gates import (
     block_gru_gates,
     gru_block_reset,
@@ -13,29 +13,29 @@ from pywm.ops.gru_gates import (
     gru_gates,
     layernorm_gru_gates,
 )
+from pywm.ops.imagine import Imagined, imagine
+from pywm.ops.kl_balance import KLBalance, kl_balance
 from pywm.ops.lambda_return import lambda_return
 from pywm.ops.mlp import mlp
 from pywm.ops.norm_act import norm_act
 from pywm.ops.one_hot_linear import one_hot_linear
+from pywm.ops.philox import philox_normal, philox_uniform
 from pywm.ops.ppo_loss import PPOLoss, PPOStats, ppo_loss
 from pywm.ops.rssm import Observed, RSSMStep, rssm_observe, rssm_step
 from pywm.ops.rssm_params import Gaussian, Layer, Policy, RSSMConfig, RSSMParams, RSSMState
-from pywm.ops.gaussian import GaussianSample, gaussian_kl, gaussian_sample
-from pywm.ops.kl_balance import KLBalance, kl_balance
-from pywm.ops.philox import philox_normal, philox_uniform
 from pywm.ops.symexp_twohot import symexp_twohot_loss, symexp_twohot_mean
 from pywm.ops.vtrace import VTrace, vtrace
 
 __all__ = [
     "GAE",
     "Backend",
+    "CategoricalSample",
     "Gaussian",
+    "GaussianSample",
     "Imagined",
+    "KLBalance",
     "Layer",
     "Observed",
-    "CategoricalSample",
-    "GaussianSample",
-    "KLBalance",
     "PPOLoss",
     "PPOStats",
     "Policy",
@@ -47,26 +47,26 @@ __all__ = [
     "adam_step_",
     "backend",
     "block_gru_gates",
+    "categorical_sample",
     "discounted_return",
     "gae",
-    "imagine",
+    "gaussian_kl",
+    "gaussian_sample",
     "gru_block_reset",
     "gru_block_update",
     "gru_gates",
-    "categorical_sample",
-    "gaussian_kl",
-    "gaussian_sample",
+    "imagine",
     "kl_balance",
     "lambda_return",
     "layernorm_gru_gates",
     "mlp",
     "norm_act",
     "one_hot_linear",
+    "philox_normal",
+    "philox_uniform",
     "ppo_loss",
     "rssm_observe",
     "rssm_step",
-    "philox_normal",
-    "philox_uniform",
     "symexp_twohot_loss",
     "symexp_twohot_mean",
     "vtrace",

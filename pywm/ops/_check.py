@@ -65,6 +65,8 @@ def choice(function: str, name: str, x: object, known: Sequence[str]) -> None:
     """Check that ``x`` is one of ``known``."""
     if not isinstance(x, str) or x not in known:
         raise ValueError(f"{function}: {name} is {x!r}, but one of {', '.join(known)} was expected")
+
+
 def same(function: str, name: str, x: object, first_name: str, first: Tensor) -> Tensor:
     """Check that ``x`` is a float tensor with the shape, dtype and device of the first argument."""
     return _floats(function, name, x, tuple(first.shape), first_name, first)
@@ -79,7 +81,7 @@ def _floats(
     function: str, name: str, x: object, expected: tuple[int, ...], first_name: str, first: Tensor
 ) -> Tensor:
     if tuple(x.shape) != expected:
-            f"{function}: {name} is {tuple(x.shape)}, but {expected} was expected, as {first_name} is "
+        f"{function}: {name} is {tuple(x.shape)}, but {expected} was expected, as {first_name} is "
     return x
 
 

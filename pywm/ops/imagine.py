@@ -168,7 +168,12 @@ def _is_served(
     if torch.compiler.is_compiling() or is_transformed():
         return False
     widths = {layer.weight.shape[0] for layer in policy.layers[:-1]}
-    if len(widths) != 1 or len(policy.layers) > 16 or len(params.prior) > 16 or max(policy.groups, default=0) > 256:
+    if (
+        len(widths) != 1
+        or len(policy.layers) > 16
+        or len(params.prior) > 16
+        or max(policy.groups, default=0) > 256
+    ):
         return False
     tensors = _tensors(params, policy)
     if is_traced(deter, stoch, *tensors):
@@ -203,7 +208,9 @@ def _kernel(
     index = None
     if not c.is_gaussian:
         index = torch.empty(horizon + 1, N, c.stoch, dtype=torch.uint8)
-        index[0] = given if given.dtype == torch.uint8 else _classes(stoch.unflatten(-1, (c.stoch, c.classes)))
+        index[0] = (
+            given if given.dtype == torch.uint8 else _classes(stoch.unflatten(-1, (c.stoch, c.classes)))
+        )
     action_in = layers.get("action_in")
     acts = {"none": 0, "silu": 2, "elu": 3, "relu": 4}
     form: tuple[Any, ...] = (

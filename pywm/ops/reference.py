@@ -230,6 +230,8 @@ def one_hot_linear(index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     columns = index.long().clamp(max=K - 1) + K * torch.arange(S, device=index.device)
     y = weight.t()[columns].sum(-2)
     return y if bias is None else y + bias
+
+
 def philox_words(row: Tensor, step: Tensor, stream: Tensor, block: Tensor, seed: int) -> tuple[Tensor, ...]:
     """Philox4x32-10: four words of 32 bits, held in int64, of counters in int64 that broadcast."""
     mask = 2**32 - 1

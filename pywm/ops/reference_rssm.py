@@ -77,9 +77,7 @@ def cell(params: RSSMParams, deter: Tensor, stoch: Tensor, action: Tensor) -> Te
         inputs = torch.cat([blocks, x.unsqueeze(-2).expand(*x.shape[:-1], c.blocks, -1)], -1)
         y = norm_act(block_linear(inputs, params.hidden), params.hidden, c)
         gates = block_linear(y.unflatten(-1, (c.blocks, -1)), params.gates)
-        reset, candidate, update = (
-            g.flatten(-2) for g in gates.unflatten(-1, (c.blocks, -1)).chunk(3, -1)
-        )
+        reset, candidate, update = (g.flatten(-2) for g in gates.unflatten(-1, (c.blocks, -1)).chunk(3, -1))
         return _dreamer_gates(reset, candidate, update, deter)
     x = hidden_layer(torch.cat([stoch, action], -1), params.stoch_in, c)
     both = torch.cat([x, deter], -1)
@@ -100,9 +98,7 @@ def cell(params: RSSMParams, deter: Tensor, stoch: Tensor, action: Tensor) -> Te
         return keep * deter + (1 - keep) * candidate
     reset, keep = torch.sigmoid(functional.linear(both, params.gates.weight, params.gates.bias)).chunk(2, -1)
     candidate = torch.tanh(
-        functional.linear(
-            torch.cat([x, reset * deter], -1), params.candidate.weight, params.candidate.bias
-        )
+        functional.linear(torch.cat([x, reset * deter], -1), params.candidate.weight, params.candidate.bias)
     )
     return keep * deter + (1 - keep) * candidate
 

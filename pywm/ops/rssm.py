@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from pywm.ops import _check, _native, reference_rssm
 from pywm.ops._registry import define, differentiate, is_transformed, plain, plain_optional, served
+from pywm.ops.norm_act import _backward as norm_act_backward
+from pywm.ops.norm_act import norm_act
 from pywm.ops.rssm_params import (
-    ACTIVATIONS,
     CELLS,
     NORMS,
     Gaussian,
@@ -188,9 +189,21 @@ def rssm_observe(
     force = _force(function, force_stoch, (T, N, c.stoch), c, first)
     noise = _noise(function, noise, (T, N, c.stoch), c, first, needed=force is None)
     deter, stats, stoch, index = _observe(params, first, prev_action, reset, deter0, stoch0, noise, force)
-    prior = reference_rssm.head(deter, params.prior, c)
+    prior = _head(deter, params.prior, c)
     shown = reference_rssm.distribution(stats, c), reference_rssm.distribution(prior, c)
     return Observed(deter, _shaped(stoch, c), index, *shown)
+
+
+def _head(x: Tensor, layers: tuple[Layer, ...], c: RSSMConfig) -> Tensor:
+    """A head as :func:`reference_rssm.head` defines it, with fused norms."""
+    for layer in layers[:-1]:
+        x = functional.linear(x, layer.weight, layer.bias)
+        if c.norm == "none":
+            x = reference_rssm.norm_act(x, layer, c)
+        else:
+            assert layer.scale is not None
+            x = norm_act(x, layer.scale, layer.shift, norm=c.norm, act=c.act, eps=c.eps)
+    return functional.linear(x, layers[-1].weight, layers[-1].bias)
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------------
@@ -218,9 +231,7 @@ def _mask(function: str, name: str, x: object, shape: tuple[int, ...], first: Te
     return x if x.dtype == torch.bool else x != 0
 
 
-def _state(
-    function: str, params: RSSMParams, state: object, N: int, first: Tensor
-) -> tuple[Tensor, Tensor]:
+def _state(function: str, params: RSSMParams, state: object, N: int, first: Tensor) -> tuple[Tensor, Tensor]:
     """Return deter and the flat stoch, as floats."""
     c = params.config
     if not isinstance(state, tuple) or len(state) != 2:
@@ -502,9 +513,7 @@ def _backward(  # type: ignore[no-untyped-def]
             grads["hidden"][1] = d_cell1.sum(0)
         gates = torch.empty_like(layers["gates"].weight)
         for g in range(G):
-            torch.mm(
-                d_cell2[:, 3 * g * Dg : 3 * (g + 1) * Dg].t(), y[:, g * Dg : (g + 1) * Dg], out=gates[g]
-            )
+            torch.mm(d_cell2[:, 3 * g * Dg : 3 * (g + 1) * Dg].t(), y[:, g * Dg : (g + 1) * Dg], out=gates[g])
         grads["gates"][0] = gates
         if layers["gates"].bias is not None:
             grads["gates"][1] = d_cell2.sum(0)
@@ -546,15 +555,27 @@ def _through_action(
     layers: dict[str, Layer], c: RSSMConfig, action: Tensor, grad: Tensor
 ) -> tuple[list[Tensor | None], Tensor, Tensor]:
     """Return the gradients of action_in's parts, its outputs, and the gradient of the actions."""
-    with torch.enable_grad():
-        layer = layers["action_in"]
-        parts = [None if x is None else x.detach().requires_grad_() for x in layer]
-        action = action.detach().requires_grad_()
-        features = reference_rssm.hidden_layer(action, Layer(*parts), c)  # type: ignore[arg-type]
-        wanted = [x for x in (*parts, action) if x is not None]
-        found = iter(torch.autograd.grad(features, wanted, grad))
-    grads = [None if x is None else next(found) for x in parts]
-    return grads, features.detach(), next(found)
+    layer = layers["action_in"]
+    pre = functional.linear(action, layer.weight, layer.bias)
+    parts: list[Tensor | None] = [None] * 4
+    features = reference_rssm.norm_act(pre, layer, c)
+    if c.norm == "none":
+        aten = torch.ops.aten
+        through = {
+            "none": lambda: grad,
+            "silu": lambda: aten.silu_backward(grad, pre),
+            "elu": lambda: aten.elu_backward(grad, 1.0, 1.0, 1.0, False, pre),
+            "relu": lambda: aten.threshold_backward(grad, pre, 0.0),
+        }
+        grad = through[c.act]()
+    else:
+        wanted = [True, True, layer.shift is not None]
+        options = (c.norm, c.act, c.eps, wanted)
+        grad, parts[2], shift = norm_act_backward(grad, pre, layer.scale, layer.shift, *options)
+        parts[3] = None if layer.shift is None else shift
+    parts[0] = grad.t() @ action
+    parts[1] = None if layer.bias is None else grad.sum(0)
+    return parts, features, grad @ layer.weight
 
 
 class _Eager(torch.autograd.Function):
@@ -563,7 +584,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scan: _Scan, *inputs: Any) -> Any:
         """See :func:`rssm_observe`."""
-        embed, action, is_first, deter, stoch, noise, force, *tensors = inputs
+        embed, action, is_first, deter, stoch, noise, _, *tensors = inputs
         output = _forward(*inputs[:7], tensors, *scan)
         ctx.scan = scan
         ctx.set_materialize_grads(False)
@@ -613,7 +634,19 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> Any:
     embed, action, is_first, deter, stoch, noise, *rest = ctx.saved_tensors
     tensors, (deters, stats, stochs, _, *kept) = rest[:-8], rest[-8:]
     results = torch.ops.pywm.rssm_observe_backward(
-        *grads[:3], embed, action, is_first, deter, stoch, noise, tensors, deters, stats, stochs, *kept, *ctx.scan
+        *grads[:3],
+        embed,
+        action,
+        is_first,
+        deter,
+        stoch,
+        noise,
+        tensors,
+        deters,
+        stats,
+        stochs,
+        *kept,
+        *ctx.scan,
     )
     grad_embed, grad_action, grad_deter, grad_stoch, *flat = results
     return grad_embed, grad_action, None, grad_deter, grad_stoch, None, None, flat, None, None

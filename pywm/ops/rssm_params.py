@@ -61,9 +61,7 @@ class RSSMConfig:
     def __post_init__(self) -> None:
         for name in ("deter", "hidden", "stoch", "embed", "action", "blocks", "prior_layers"):
             if getattr(self, name) < 1:
-                raise ValueError(
-                    f"RSSMConfig: {name} is {getattr(self, name)}, but at least 1 was expected"
-                )
+                raise ValueError(f"RSSMConfig: {name} is {getattr(self, name)}, but at least 1 was expected")
         if not 0 <= self.classes <= 256 or self.classes == 1:
             raise ValueError(
                 f"RSSMConfig: classes is {self.classes}, but 0 (Gaussian) or 2 to 256 was expected"

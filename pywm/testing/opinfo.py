@@ -292,23 +292,6 @@ def _norm_act(norm: str, act: str, shifted: bool = False) -> Callable[..., Sampl
             tensors["shift"] = 0.3 * _normal(D, g=g, dtype=dtype)
         # A row of one number has no variance: a smaller eps would make its derivatives a difference of large numbers.
         return Sample(tensors, {"norm": norm, "act": act, "eps": 1e-2})
-# ---- distributions: shapes are [..., S], groups, or [..., Z], parts; classes and bins come with the variant
-
-_CLASSES = 32
-_BINS = 255
-
-
-def _categorical_sample(K: int, unimix: float) -> Callable[..., Sample]:
-        logits = 2 * torch.randn(*shape, K, generator=g, dtype=dtype)
-        uniform = torch.rand(shape, generator=g, dtype=dtype)
-        # Where a uniform number lies at a boundary, rounding decides: between the two, or the largest one, it does not.
-        probs = (1 - unimix) * logits.double().softmax(-1) + unimix / K
-        edges = torch.cat([torch.zeros_like(probs[..., :1]), probs.cumsum(-1)], -1)
-        near = (edges - uniform.unsqueeze(-1)).abs().amin(-1) < 1e-4
-        widest, class_ = probs.max(-1)
-        inside = edges.gather(-1, class_.unsqueeze(-1)).squeeze(-1) + widest / 2
-        uniform = torch.where(near, inside.to(dtype), uniform)
-        return Sample({"logits": logits, "uniform": uniform}, {"unimix": unimix})
 
     return build
 
@@ -319,15 +302,6 @@ def _gates(**factors: int) -> Callable[..., Sample]:
     def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
         *rows, D = shape
         return Sample({name: _normal(*rows, k * D, g=g, dtype=dtype) for name, k in factors.items()})
-def _categorical_sample_call(sample: Sample) -> tuple[Tensor, ...]:
-    stoch, index = ops.categorical_sample(**sample.tensors, **sample.numbers)  # type: ignore[arg-type]
-    return stoch, index.to(stoch.dtype)  # all outputs compare alike
-
-
-def _kl_balance(K: int, unimix: float, free_nats: float) -> Callable[..., Sample]:
-        posterior, prior = 2 * torch.randn(2, *shape, K, generator=g, dtype=dtype)
-        numbers = {"unimix": unimix, "free_nats": free_nats}
-        return Sample({"posterior": posterior.clone(), "prior": prior.clone()}, numbers)
 
     return build
 
@@ -337,18 +311,6 @@ def _block_gru_gates(blocked: bool) -> Callable[..., Sample]:
         sample = _gates(gates=3, deter=1)(shape, g, dtype)
         sample.numbers["blocks"] = next(k for k in ((4, 3, 2, 1) if blocked else (1,)) if shape[-1] % k == 0)
         return sample
-def _twohot_logits(shape: tuple[int, ...], B: int, g: torch.Generator, dtype: torch.dtype) -> Tensor:
-    # The probability is on bins of ordinary size, as a trained head has it: the outermost are 5e8.
-    x = torch.linspace(-20, 20, B, dtype=dtype)
-    centre = torch.randn(*shape, 1, generator=g, dtype=dtype)
-    return torch.randn(*shape, B, generator=g, dtype=dtype) - (x - centre).square()
-
-
-def _symexp_twohot_loss(B: int) -> Callable[..., Sample]:
-        logits = torch.randn(*shape, B, generator=g, dtype=dtype)
-        target = torch.randn(shape, generator=g, dtype=dtype)
-        target = target.sign() * (5 * target).abs().expm1()  # some beyond the outermost bin
-        return Sample({"logits": logits, "target": target})
 
     return build
 
@@ -376,8 +338,6 @@ def _one_hot_linear(biased: bool) -> Callable[..., Sample]:
         if biased:
             tensors["bias"] = _normal(U, g=g, dtype=dtype)
         return Sample(tensors)
-def _symexp_twohot_mean(B: int) -> Callable[..., Sample]:
-        return Sample({"logits": _twohot_logits(shape, B, g, dtype)})
 
     return build
 
@@ -407,6 +367,86 @@ def _gates_info(name: str, call: Callable[..., Tensor], variants: Mapping[str, A
         bytes_moved_backward=lambda shape, item: _elements(shape) * (2 * width + 1) * item,
         tol={torch.float32: (1e-4, 2e-5), torch.float64: (1e-10, 1e-10)},
     )
+
+
+_SCAN_SHAPES = ((5, 3), (1, 1), (16, 1), (1, 257), (15, 0), (64, 129), (300, 5), (7, 1030))
+_SCAN_BENCH = {
+    "ppo_cartpole": (32, 8),
+    "ppo_atari": (128, 8),
+    "ppo_wide": (128, 64),
+    "dreamer_replay": (64, 16),
+    "dreamer_imagine": (15, 1024),
+    "imagine_wide": (15, 16384),
+    "brax": (256, 1024),
+    "long": (2048, 1),
+    "dram": (1024, 4096),
+}
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    return shape[0] * shape[1]
+
+
+# ---- distributions: shapes are [..., S], groups, or [..., Z], parts; classes and bins come with the variant
+
+_CLASSES = 32
+_BINS = 255
+
+
+def _categorical_sample(K: int, unimix: float) -> Callable[..., Sample]:
+    def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+        logits = 2 * torch.randn(*shape, K, generator=g, dtype=dtype)
+        uniform = torch.rand(shape, generator=g, dtype=dtype)
+        # Where a uniform number lies at a boundary, rounding decides: between the two, or the largest one, it does not.
+        probs = (1 - unimix) * logits.double().softmax(-1) + unimix / K
+        edges = torch.cat([torch.zeros_like(probs[..., :1]), probs.cumsum(-1)], -1)
+        near = (edges - uniform.unsqueeze(-1)).abs().amin(-1) < 1e-4
+        widest, class_ = probs.max(-1)
+        inside = edges.gather(-1, class_.unsqueeze(-1)).squeeze(-1) + widest / 2
+        uniform = torch.where(near, inside.to(dtype), uniform)
+        return Sample({"logits": logits, "uniform": uniform}, {"unimix": unimix})
+
+    return build
+
+
+def _categorical_sample_call(sample: Sample) -> tuple[Tensor, ...]:
+    stoch, index = ops.categorical_sample(**sample.tensors, **sample.numbers)  # type: ignore[arg-type]
+    return stoch, index.to(stoch.dtype)  # all outputs compare alike
+
+
+def _kl_balance(K: int, unimix: float, free_nats: float) -> Callable[..., Sample]:
+    def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+        posterior, prior = 2 * torch.randn(2, *shape, K, generator=g, dtype=dtype)
+        numbers = {"unimix": unimix, "free_nats": free_nats}
+        return Sample({"posterior": posterior.clone(), "prior": prior.clone()}, numbers)
+
+    return build
+
+
+def _twohot_logits(shape: tuple[int, ...], B: int, g: torch.Generator, dtype: torch.dtype) -> Tensor:
+    # The probability is on bins of ordinary size, as a trained head has it: the outermost are 5e8.
+    x = torch.linspace(-20, 20, B, dtype=dtype)
+    centre = torch.randn(*shape, 1, generator=g, dtype=dtype)
+    return torch.randn(*shape, B, generator=g, dtype=dtype) - (x - centre).square()
+
+
+def _symexp_twohot_loss(B: int) -> Callable[..., Sample]:
+    def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+        logits = torch.randn(*shape, B, generator=g, dtype=dtype)
+        target = torch.randn(shape, generator=g, dtype=dtype)
+        target = target.sign() * (5 * target).abs().expm1()  # some beyond the outermost bin
+        return Sample({"logits": logits, "target": target})
+
+    return build
+
+
+def _symexp_twohot_mean(B: int) -> Callable[..., Sample]:
+    def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+        return Sample({"logits": _twohot_logits(shape, B, g, dtype)})
+
+    return build
+
+
 def _gaussian_sample(kind: str) -> Callable[..., Sample]:
     def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
         mean, raw_std, noise = torch.randn(3, *shape, generator=g, dtype=dtype)
@@ -443,24 +483,6 @@ _PARTS_BENCH = {"observe": (50, 30), "replay": (2500, 30), "wide": (65536, 30)}
 
 def _rows(shape: tuple[int, ...]) -> int:
     return math.prod(shape[:-1])
-
-
-_SCAN_SHAPES = ((5, 3), (1, 1), (16, 1), (1, 257), (15, 0), (64, 129), (300, 5), (7, 1030))
-_SCAN_BENCH = {
-    "ppo_cartpole": (32, 8),
-    "ppo_atari": (128, 8),
-    "ppo_wide": (128, 64),
-    "dreamer_replay": (64, 16),
-    "dreamer_imagine": (15, 1024),
-    "imagine_wide": (15, 16384),
-    "brax": (256, 1024),
-    "long": (2048, 1),
-    "dram": (1024, 4096),
-}
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    return shape[0] * shape[1]
 
 
 OPS: tuple[OpInfo, ...] = (
@@ -620,48 +642,64 @@ OPS: tuple[OpInfo, ...] = (
             item * (_elements(shape) + shape[1] * (15 + 1)) + 3 * shape[0]
         ),
         tol={torch.float32: (1e-4, 2e-5), torch.float64: (1e-10, 1e-10)},
+    ),
+    OpInfo(
         name="categorical_sample",
         call=_categorical_sample_call,
+        variants={
             "plain": _categorical_sample(_CLASSES, 0.01),
             "few": _categorical_sample(5, 0.2),
             "wide": _categorical_sample(250, 0.1),
             "unmixed": _categorical_sample(4, 0.0),
             "alone": _categorical_sample(1, 0.01),
+        },
         outputs=("stoch", "index"),
         differentiable=("logits",),
         kernels=("categorical_sample", "categorical_sample_backward"),
+        shapes=_ROW_SHAPES,
         bench_shapes=_GROUPS_BENCH,
         bytes_moved=lambda shape, item: math.prod(shape) * (item * (2 * _CLASSES + 1) + 1),
         bytes_moved_backward=lambda shape, item: math.prod(shape) * item * 3 * _CLASSES,
         has_derivative=False,
+    ),
+    OpInfo(
         name="kl_balance",
         call=_tensor_call(ops.kl_balance, several=True),
+        variants={
             "plain": _kl_balance(_CLASSES, 0.01, 1.0),
             "few": _kl_balance(5, 0.1, 3.0),
             "unmixed": _kl_balance(16, 0.0, 0.0),
+        },
         outputs=("dynamics", "representation", "kl"),
         differentiable=("posterior", "prior"),
         kernels=("kl_balance", "kl_balance_backward"),
+        shapes=_ROW_SHAPES,
         bench_shapes=_GROUPS_BENCH,
         bytes_moved=lambda shape, item: item * (math.prod(shape) * 2 * _CLASSES + 3 * _rows(shape)),
         bytes_moved_backward=lambda shape, item: item * (math.prod(shape) * 4 * _CLASSES + 3 * _rows(shape)),
         differentiable_outputs=2,
         has_derivative=False,
+    ),
+    OpInfo(
         name="symexp_twohot_loss",
         call=_tensor_call(ops.symexp_twohot_loss, several=False),
         variants={"plain": _symexp_twohot_loss(_BINS), "few": _symexp_twohot_loss(15)},
         outputs=("loss",),
         differentiable=("logits",),
         kernels=("symexp_twohot_loss", "symexp_twohot_loss_backward"),
+        shapes=_ROW_SHAPES,
         bench_shapes=_TWOHOT_BENCH,
         bytes_moved=lambda shape, item: item * math.prod(shape) * (_BINS + 2),
         bytes_moved_backward=lambda shape, item: item * math.prod(shape) * (2 * _BINS + 2),
+    ),
+    OpInfo(
         name="symexp_twohot_mean",
         call=_tensor_call(ops.symexp_twohot_mean, several=False),
         variants={"plain": _symexp_twohot_mean(_BINS), "few": _symexp_twohot_mean(15)},
         outputs=("mean",),
         differentiable=("logits",),
         kernels=("symexp_twohot_mean", "symexp_twohot_mean_backward"),
+        shapes=_ROW_SHAPES,
         bench_shapes=_TWOHOT_BENCH,
         bytes_moved=lambda shape, item: item * math.prod(shape) * (_BINS + 1),
         bytes_moved_backward=lambda shape, item: item * math.prod(shape) * (2 * _BINS + 2),
@@ -669,22 +707,28 @@ OPS: tuple[OpInfo, ...] = (
             torch.float32: (1e-4, 1e-3),
             torch.float64: (1e-11, 1e-10),
         },  # sums of products with bins of thousands
+    ),
+    OpInfo(
         name="gaussian_sample",
         call=_tensor_call(ops.gaussian_sample, several=True),
         variants={"plain": _gaussian_sample("softplus"), "sigmoid2": _gaussian_sample("sigmoid2")},
         outputs=("sample", "std"),
         differentiable=("mean", "raw_std"),
         kernels=("gaussian_sample", "gaussian_sample_backward"),
+        shapes=_ROW_SHAPES,
         bench_shapes=_PARTS_BENCH,
         bytes_moved=lambda shape, item: item * math.prod(shape) * 5,
         bytes_moved_backward=lambda shape, item: item * math.prod(shape) * 6,
         differentiable_outputs=2,
+    ),
+    OpInfo(
         name="gaussian_kl",
         call=_tensor_call(ops.gaussian_kl, several=False),
         variants={"plain": _gaussian_kl},
         outputs=("kl",),
         differentiable=("mean_q", "std_q", "mean_p", "std_p"),
         kernels=("gaussian_kl", "gaussian_kl_backward"),
+        shapes=_ROW_SHAPES,
         bench_shapes=_PARTS_BENCH,
         bytes_moved=lambda shape, item: item * (math.prod(shape) * 4 + _rows(shape)),
         bytes_moved_backward=lambda shape, item: item * (math.prod(shape) * 8 + _rows(shape)),

@@ -58,7 +58,9 @@ def outputs_and_gradients(model, inputs, **options):
     result = model.observe(**inputs, **options)
     outputs = [result.deter, result.stoch, *floats(result.posterior), *floats(result.prior)]
     g = torch.Generator().manual_seed(7)
-    loss = sum((x * torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)).sum() for x in outputs)
+    loss = sum(
+        (x * torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)).sum() for x in outputs
+    )
     leaves = [inputs["embed"], inputs["prev_action"], deter, stoch, *model.parameters()]
     return outputs, torch.autograd.grad(loss, leaves, allow_unused=True), result.index
 
@@ -179,7 +181,11 @@ def test_steps_equal_a_window(cell):
     state = inputs["state"]
     for t in range(5):
         step = model.step(
-            state, inputs["prev_action"][t], inputs["embed"][t], inputs["is_first"][t], noise=inputs["noise"][t]
+            state,
+            inputs["prev_action"][t],
+            inputs["embed"][t],
+            inputs["is_first"][t],
+            noise=inputs["noise"][t],
         )
         torch.testing.assert_close(step.deter, whole.deter[t], rtol=1e-12, atol=1e-12)
         assert torch.equal(step.index, whole.index[t])
@@ -453,7 +459,11 @@ def test_sampled_frequencies_are_those_of_the_distribution():
         ({"state": RSSMState(torch.zeros(2, 25), torch.zeros(2, 3, 5))}, ValueError, "state.deter"),
         ({"state": RSSMState(torch.zeros(2, 24), torch.zeros(2, 15))}, ValueError, "state.stoch"),
         ({"noise": torch.zeros(3, 2, 4)}, ValueError, "noise"),
-        ({"force_stoch": torch.full((3, 2, 3), 5)}, ValueError, r"force_stoch has 5, but classes in \[0, 5\)"),
+        (
+            {"force_stoch": torch.full((3, 2, 3), 5)},
+            ValueError,
+            r"force_stoch has 5, but classes in \[0, 5\)",
+        ),
         ({"force_stoch": torch.zeros(3, 2, 3)}, TypeError, "force_stoch is torch.float32"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
