@@ -215,8 +215,9 @@ class RSSM(nn.Module):
         if isinstance(posterior, Gaussian):
             if not isinstance(prior, Gaussian):
                 raise TypeError(f"kl: prior is a {type(prior).__name__}, but a Gaussian was expected")
-            dynamics = gaussian_kl(*(x.detach() for x in posterior), *prior)
-            representation = gaussian_kl(*posterior, *(x.detach() for x in prior))
+            q, p = posterior, prior
+            dynamics = gaussian_kl(q.mean.detach(), q.std.detach(), p.mean, p.std)
+            representation = gaussian_kl(q.mean, q.std, p.mean.detach(), p.std.detach())
             return KL(dynamics.clamp(min=free_nats), representation.clamp(min=free_nats))
         if isinstance(prior, Gaussian):
             raise TypeError("kl: prior is a Gaussian, but logits were expected")

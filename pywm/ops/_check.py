@@ -80,8 +80,13 @@ def rows(function: str, name: str, x: object, first_name: str, first: Tensor) ->
 def _floats(
     function: str, name: str, x: object, expected: tuple[int, ...], first_name: str, first: Tensor
 ) -> Tensor:
+    x = tensor(function, name, x)
     if tuple(x.shape) != expected:
-        f"{function}: {name} is {tuple(x.shape)}, but {expected} was expected, as {first_name} is "
+        raise ValueError(
+            f"{function}: {name} is {tuple(x.shape)}, but {expected} was expected, as {first_name} is "
+            f"{tuple(first.shape)}"
+        )
+    like(function, name, x, first_name, first)
     return x
 
 

@@ -31,7 +31,7 @@ class Imagined(NamedTuple):
 
     deter: Tensor
     stoch: Tensor
-    index: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     action: Tensor
     prior: Tensor | Gaussian
     policy: Tensor | None
@@ -51,6 +51,8 @@ def imagine(
     *,
     noise: Tensor | None = None,
     action_noise: Tensor | None = None,
+    seed: int | None = None,
+    offset: int = 0,
     force_stoch: Tensor | None = None,
     force_action: Tensor | None = None,
 ) -> Imagined:
@@ -65,8 +67,12 @@ def imagine(
         policy: a :class:`Policy`, or any function from ``feat [N, D + S·K]`` to actions ``[N, A]``.
         state: N starts; flatten a window's states time-major. The stoch may be floats or uint8 classes.
         horizon: H, at least 1.
-        noise: ``[H, N, S]`` uniforms in [0, 1), or normals for Gaussian latents; drawn from torch's generator if None.
+        noise: ``[H, N, S]`` uniforms in [0, 1), or normals for Gaussian latents; drawn if None, from torch's generator or
+            by counting from a seed.
         action_noise: ``[H, N, groups]`` uniforms for categorical policies, ``[H, N, A]`` normals for others; likewise.
+        seed: 64-bit key of :func:`pywm.ops.philox_uniform`, whose counter is (row, offset + t, 0 for states or 1 for
+            actions): the same numbers on every device.
+        offset: number of the first step.
         force_stoch: ``[H, N, S]`` integer classes (Gaussian: floats) to take instead of samples.
         force_action: ``[H, N, A]`` actions to take instead of the policy's.
 
@@ -84,6 +90,17 @@ def imagine(
     c = rssm._params(function, params)
     if not isinstance(state, tuple) or len(state) != 2:
         raise TypeError(f"{function}: state is a {type(state).__name__}, but an RSSMState was expected")
+    if full := rssm._full_precision(params, *state, noise, action_noise, force_action):
+        deter, stoch, noise, action_noise, force_action = full
+        options: dict[str, Any] = {
+            "noise": noise,
+            "action_noise": action_noise,
+            "seed": seed,
+            "offset": offset,
+        }
+        with torch.autocast(deter.device.type, enabled=False):
+            options |= {"force_stoch": force_stoch, "force_action": force_action}
+            return imagine(params, policy, RSSMState(deter, stoch), horizon, **options)
     first = _check.tensor(function, "state.deter", state[0])
     if first.ndim != 2 or first.shape[1] != c.deter:
         raise ValueError(
@@ -94,27 +111,36 @@ def imagine(
         raise TypeError(f"{function}: horizon is a {type(horizon).__name__}, but an int was expected")
     if horizon < 1:
         raise ValueError(f"{function}: horizon is {horizon}, but at least 1 was expected")
-    network = isinstance(policy, Policy)
-    if not network and not callable(policy):
+    network = policy if isinstance(policy, Policy) else None
+    if network is None and not callable(policy):
         raise TypeError(
             f"{function}: policy is a {type(policy).__name__}, but a Policy or a function was expected"
         )
     deter, stoch = rssm._state(function, params, state, N, first)
     force = rssm._force(function, force_stoch, (horizon, N, c.stoch), c, first)
-    noise = rssm._noise(function, noise, (horizon, N, c.stoch), c, first, needed=force is None)
+    shape: tuple[int, ...] = (horizon, N, c.stoch)
+    noise = rssm._noise(function, noise, seed, offset, shape, c, first, needed=force is None)
     if force_action is not None:
         force_action = rssm._float(function, "force_action", force_action, (horizon, N, c.action), first)
-    if network:
-        _check_policy(function, policy, params, first)
-        shape = (horizon, N, policy.noise)
-        if action_noise is not None:
-            action_noise = rssm._float(function, "action_noise", action_noise, shape, first)
-        elif force_action is None:
-            draw = torch.rand if policy.kind == "categorical" else torch.randn
-            action_noise = draw(shape, dtype=first.dtype, device=first.device)
-    if network and _is_served(params, policy, first, state[1], force_action):
+    if network is not None:
+        _check_policy(function, network, params, first)
+        shape = (horizon, N, network.noise)
+        normal = network.kind != "categorical"
+        action_noise = rssm._draw(
+            function,
+            "action_noise",
+            action_noise,
+            seed,
+            offset,
+            1,
+            shape,
+            normal,
+            first,
+            needed=force_action is None,
+        )
+    if network is not None and _is_served(params, network, first, state[1], force_action):
         return _kernel(
-            params, policy, deter, stoch, state[1], horizon, noise, action_noise, force, force_action
+            params, network, deter, stoch, state[1], horizon, noise, action_noise, force, force_action
         )
     start = stoch if c.is_gaussian else stoch.unflatten(-1, (c.stoch, c.classes))
     rows = reference_rssm.imagine(
@@ -130,7 +156,7 @@ def imagine(
         index,
         torch.stack(actions),
         reference_rssm.distribution(torch.stack(priors), c),
-        torch.stack(outputs) if network else None,
+        None if network is None else torch.stack(outputs),
         "steps",
     )
 

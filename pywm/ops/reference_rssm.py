@@ -84,7 +84,8 @@ def cell(params: RSSMParams, deter: Tensor, stoch: Tensor, action: Tensor) -> Te
     if c.cell == "layernorm_gru":
         pre = functional.linear(both, params.gates.weight, params.gates.bias)
         pre = functional.layer_norm(pre, (3 * D,), params.gates.scale, params.gates.shift, c.cell_eps)
-        return _dreamer_gates(*pre.chunk(3, -1), deter)
+        reset, candidate, update = pre.chunk(3, -1)
+        return _dreamer_gates(reset, candidate, update, deter)
     assert params.candidate is not None
     if c.cell == "gru":
         reset_x, keep_x, candidate_x = functional.linear(x, params.gates.weight, params.gates.bias).chunk(
@@ -118,7 +119,8 @@ def head(x: Tensor, layers: Sequence[Layer], config: RSSMConfig | Policy) -> Ten
 def distribution(stats: Tensor, config: RSSMConfig) -> Tensor | Gaussian:
     """Logits ``[..., S, K]``, or mean and standard deviation."""
     if not config.is_gaussian:
-        return stats.unflatten(-1, (config.stoch, config.classes))
+        logits: Tensor = stats.unflatten(-1, (config.stoch, config.classes))
+        return logits
     mean, raw = stats.chunk(2, -1)
     std = functional.softplus(raw) if config.std == "softplus" else 2 * torch.sigmoid(raw / 2)
     return Gaussian(mean, std + config.min_std)

@@ -6,6 +6,7 @@ embeddings' and actions' parts before, the prior and all gradients of weights af
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from pywm.ops import _check, _native, reference_rssm
 from pywm.ops._registry import define, differentiate, is_transformed, plain, plain_optional, served
 from pywm.ops.norm_act import _backward as norm_act_backward
 from pywm.ops.norm_act import norm_act
+from pywm.ops.philox import philox_normal, philox_uniform
 from pywm.ops.rssm_params import (
     CELLS,
     NORMS,
@@ -42,7 +44,7 @@ class RSSMStep(NamedTuple):
 
     deter: Tensor
     stoch: Tensor
-    index: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     posterior: Tensor | Gaussian | None
     prior: Tensor | Gaussian | None
 
@@ -65,7 +67,7 @@ class Observed(NamedTuple):
 
     deter: Tensor
     stoch: Tensor
-    index: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     posterior: Tensor | Gaussian
     prior: Tensor | Gaussian
 
@@ -83,6 +85,8 @@ def rssm_step(
     is_first: Tensor | None = None,
     *,
     noise: Tensor | None = None,
+    seed: int | None = None,
+    offset: int = 0,
     force_stoch: Tensor | None = None,
 ) -> RSSMStep:
     r"""Go one step: to the posterior if an embedding is given, else to the prior.
@@ -93,7 +97,11 @@ def rssm_step(
         prev_action: ``[N, A]``, the action that leads to this step.
         embed: ``[N, E]``, what the encoder made of this step's observation, or None.
         is_first: ``[N]`` bool or float; true where this step begins an episode. State and action are zeroed there.
-        noise: ``[N, S]`` uniforms in [0, 1), or normals for Gaussian latents; drawn from torch's generator if None.
+        noise: ``[N, S]`` uniforms in [0, 1), or normals for Gaussian latents; drawn if None, from torch's generator or by
+            counting from a seed.
+        seed: 64-bit key of :func:`pywm.ops.philox_uniform`, whose counter is (row, offset, 0): the same numbers on every
+            device.
+        offset: number of this step.
         force_stoch: ``[N, S]`` integer classes (Gaussian: floats) to take instead of a sample.
 
     Returns:
@@ -107,6 +115,12 @@ def rssm_step(
         Hafner et al. (2019), (2020), (2021), (2023).
     """
     function = "rssm_step"
+    if (full := _full_precision(params, prev_action, embed, is_first, noise)) and len(state) == 2:
+        state = RSSMState(*_full_precision(params, *state))  # type: ignore[misc]
+        prev_action, embed, is_first, noise = full
+        options: dict[str, Any] = {"noise": noise, "seed": seed, "offset": offset, "force_stoch": force_stoch}
+        with torch.autocast(prev_action.device.type, enabled=False):
+            return rssm_step(params, state, prev_action, embed, is_first, **options)
     c = _params(function, params)
     first = _check.tensor(function, "prev_action", prev_action)
     if first.ndim != 2 or first.shape[1] != c.action:
@@ -119,7 +133,7 @@ def rssm_step(
         embed = _float(function, "embed", embed, (N, c.embed), first)
     reset = None if is_first is None else _mask(function, "is_first", is_first, (N,), first)
     force = _force(function, force_stoch, (N, c.stoch), c, first)
-    noise = _noise(function, noise, (N, c.stoch), c, first, needed=force is None)
+    noise = _noise(function, noise, seed, offset, (N, c.stoch), c, first, needed=force is None)
     if embed is not None and N > 0:
         # A window of one row, whose prior nobody asked for.
         one = None if reset is None else reset.unsqueeze(0)
@@ -148,6 +162,8 @@ def rssm_observe(
     state: RSSMState,
     *,
     noise: Tensor | None = None,
+    seed: int | None = None,
+    offset: int = 0,
     force_stoch: Tensor | None = None,
 ) -> Observed:
     r"""Filter a window of observations: the posterior of every step, and the prior that had not seen it.
@@ -161,7 +177,11 @@ def rssm_observe(
         prev_action: ``[T, N, A]``; replay stores the action chosen after an observation, so shift it by a row.
         is_first: ``[T, N]`` bool or float, non-zero is true.
         state: before the window, ``[N, ...]``; its stoch may be floats (differentiable) or uint8 classes.
-        noise: ``[T, N, S]`` uniforms in [0, 1), or normals for Gaussian latents; drawn from torch's generator if None.
+        noise: ``[T, N, S]`` uniforms in [0, 1), or normals for Gaussian latents; drawn if None, from torch's generator or
+            by counting from a seed.
+        seed: 64-bit key of :func:`pywm.ops.philox_uniform`, whose counter is (row, offset + t, 0): the same numbers on
+            every device.
+        offset: number of the first step.
         force_stoch: ``[T, N, S]`` integer classes (Gaussian: floats) to take instead of samples.
 
     Returns:
@@ -176,6 +196,12 @@ def rssm_observe(
         Hafner et al. (2019), (2020), (2021), (2023).
     """
     function = "rssm_observe"
+    if (full := _full_precision(params, embed, prev_action, is_first, noise)) and len(state) == 2:
+        state = RSSMState(*_full_precision(params, *state))  # type: ignore[misc]
+        embed, prev_action, is_first, noise = full
+        options: dict[str, Any] = {"noise": noise, "seed": seed, "offset": offset, "force_stoch": force_stoch}
+        with torch.autocast(embed.device.type, enabled=False):
+            return rssm_observe(params, embed, prev_action, is_first, state, **options)
     c = _params(function, params)
     first = _check.tensor(function, "embed", embed)
     if first.ndim != 3 or first.shape[2] != c.embed or first.shape[0] < 1:
@@ -187,7 +213,7 @@ def rssm_observe(
     reset = _mask(function, "is_first", is_first, (T, N), first)
     deter0, stoch0 = _state(function, params, state, N, first)
     force = _force(function, force_stoch, (T, N, c.stoch), c, first)
-    noise = _noise(function, noise, (T, N, c.stoch), c, first, needed=force is None)
+    noise = _noise(function, noise, seed, offset, (T, N, c.stoch), c, first, needed=force is None)
     deter, stats, stoch, index = _observe(params, first, prev_action, reset, deter0, stoch0, noise, force)
     prior = _head(deter, params.prior, c)
     shown = reference_rssm.distribution(stats, c), reference_rssm.distribution(prior, c)
@@ -204,6 +230,20 @@ def _head(x: Tensor, layers: tuple[Layer, ...], c: RSSMConfig) -> Tensor:
             assert layer.scale is not None
             x = norm_act(x, layer.scale, layer.shift, norm=c.norm, act=c.act, eps=c.eps)
     return functional.linear(x, layers[-1].weight, layers[-1].bias)
+
+
+def _full_precision(params: object, *tensors: object) -> list[Any] | None:
+    """Under autocast, the tensors in the dtype of the parameters; else None.
+
+    The recurrence keeps its state in full precision, as Dreamer does with its norms and losses.
+    """
+    x = tensors[0]
+    if not isinstance(x, Tensor) or not isinstance(params, RSSMParams):
+        return None
+    if not torch.is_autocast_enabled(x.device.type):
+        return None
+    dtype = params.gates.weight.dtype
+    return [t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors]
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------------
@@ -272,13 +312,45 @@ def _force(
 
 
 def _noise(
-    function: str, noise: object, shape: tuple[int, ...], c: RSSMConfig, first: Tensor, needed: bool
+    function: str,
+    noise: object,
+    seed: object,
+    offset: object,
+    shape: tuple[int, ...],
+    c: RSSMConfig,
+    first: Tensor,
+    needed: bool,
 ) -> Tensor | None:
+    return _draw(function, "noise", noise, seed, offset, 0, shape, c.is_gaussian, first, needed)
+
+
+def _draw(
+    function: str,
+    name: str,
+    noise: object,
+    seed: object,
+    offset: object,
+    stream: int,
+    shape: tuple[int, ...],
+    normal: bool,
+    first: Tensor,
+    needed: bool,
+) -> Tensor | None:
+    """Return the noise that was given, or draw it: by counting if there is a seed, else from torch's generator."""
     if noise is not None:
-        return _float(function, "noise", noise, shape, first).detach()
+        if seed is not None:
+            raise ValueError(f"{function}: seed is {seed}, but None was expected, as {name} was given")
+        return _float(function, name, noise, shape, first).detach()
     if not needed:
         return None
-    draw = torch.randn if c.is_gaussian else torch.rand
+    if seed is not None:
+        seed = _check.integer(function, "seed", seed, 0, 2**64 - 1)
+        offset = _check.integer(function, "offset", offset, 0, 2**32 - 1)
+        T, N, S = shape if len(shape) == 3 else (1, *shape)
+        count = philox_normal if normal else philox_uniform
+        drawn = count(seed, offset, (T, N, S), stream=stream, device=first.device, dtype=first.dtype)
+        return drawn.view(shape)
+    draw = torch.randn if normal else torch.rand
     return draw(shape, dtype=first.dtype, device=first.device)
 
 
@@ -405,9 +477,19 @@ def _action_features(layers: dict[str, Layer], c: RSSMConfig, action: Tensor) ->
     return reference_rssm.hidden_layer(action, layers["action_in"], c)
 
 
-def _forward(  # type: ignore[no-untyped-def]
-    embed, action, is_first, deter, stoch, noise, force, tensors, sizes, numbers, keep=True
-):
+def _forward(
+    embed: Tensor,
+    action: Tensor,
+    is_first: Tensor,
+    deter: Tensor,
+    stoch: Tensor,
+    noise: Tensor | None,
+    force: Tensor | None,
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
+    numbers: Sequence[float],
+    keep: bool = True,
+) -> Any:
     scan = _Scan(list(sizes), list(numbers))
     c, layers = scan.config(), scan.layers([plain(x) for x in tensors])
     T, N, _ = embed.shape
@@ -447,10 +529,27 @@ def _kernel_layers(layers: dict[str, Layer]) -> tuple[Tensor | None, ...]:
     return tuple(flat)
 
 
-def _backward(  # type: ignore[no-untyped-def]
-    grad_deter, grad_stats, grad_stoch, embed, action, is_first, deter0, stoch0, noise, tensors,
-    deter, stats, stoch, u, cell1, cell2, o, sizes, numbers,
-):  # fmt: skip
+def _backward(
+    grad_deter: Tensor | None,
+    grad_stats: Tensor | None,
+    grad_stoch: Tensor | None,
+    embed: Tensor,
+    action: Tensor,
+    is_first: Tensor,
+    deter0: Tensor,
+    stoch0: Tensor,
+    noise: Tensor | None,
+    tensors: Sequence[Tensor],
+    deter: Tensor,
+    stats: Tensor,
+    stoch: Tensor,
+    u: Tensor,
+    cell1: Tensor,
+    cell2: Tensor,
+    o: Tensor,
+    sizes: Sequence[int],
+    numbers: Sequence[float],
+) -> Any:
     """Return the gradients of embed, action, the initial deter and stoch, and of all tensors."""
     scan = _Scan(list(sizes), list(numbers))
     c = scan.config()
@@ -561,7 +660,7 @@ def _through_action(
     features = reference_rssm.norm_act(pre, layer, c)
     if c.norm == "none":
         aten = torch.ops.aten
-        through = {
+        through: dict[str, Callable[[], Tensor]] = {
             "none": lambda: grad,
             "silu": lambda: aten.silu_backward(grad, pre),
             "elu": lambda: aten.elu_backward(grad, 1.0, 1.0, 1.0, False, pre),
@@ -571,7 +670,8 @@ def _through_action(
     else:
         wanted = [True, True, layer.shift is not None]
         options = (c.norm, c.act, c.eps, wanted)
-        grad, parts[2], shift = norm_act_backward(grad, pre, layer.scale, layer.shift, *options)
+        grads = norm_act_backward(grad, pre, layer.scale, layer.shift, *options)  # type: ignore[no-untyped-call]
+        grad, parts[2], shift = grads
         parts[3] = None if layer.shift is None else shift
     parts[0] = grad.t() @ action
     parts[1] = None if layer.bias is None else grad.sum(0)
@@ -585,7 +685,7 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, scan: _Scan, *inputs: Any) -> Any:
         """See :func:`rssm_observe`."""
         embed, action, is_first, deter, stoch, noise, _, *tensors = inputs
-        output = _forward(*inputs[:7], tensors, *scan)
+        output = _forward(embed, action, is_first, deter, stoch, noise, inputs[6], tensors, *scan)
         ctx.scan = scan
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[3:])
@@ -601,7 +701,8 @@ class _Eager(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody will differentiate again, which the dispatcher's op refuses
             results = torch.ops.pywm.rssm_observe_backward(*grads[:3], *inputs, *ctx.scan)
         else:
-            results = _backward(*grads[:3], *inputs, *ctx.scan)
+            differentiate_once: Any = _backward
+            results = differentiate_once(*grads[:3], *inputs, *ctx.scan)
         grad_embed, grad_action, grad_deter, grad_stoch, *flat = results
         return None, grad_embed, grad_action, None, grad_deter, grad_stoch, None, None, *flat
 

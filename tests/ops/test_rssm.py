@@ -384,6 +384,118 @@ def test_imagine_from_classes_equals_imagine_from_their_one_hots():
     assert torch.equal(a.index, b.index)
 
 
+# ---- noise ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_draws_the_same_whatever_the_window():
+    model = make(dtype=torch.float32)
+    inputs = window(model, 6, 3, torch.float32)
+    del inputs["noise"]
+    whole = model.observe(**inputs, seed=11)
+    assert torch.equal(whole.index, model.observe(**inputs, seed=11).index)
+    assert not torch.equal(whole.index, model.observe(**inputs, seed=12).index)
+    first = model.observe(**{k: x if k == "state" else x[:4] for k, x in inputs.items()}, seed=11)
+    rest = {k: x if k == "state" else x[4:] for k, x in inputs.items()}
+    second = model.observe(**{**rest, "state": first.state}, seed=11, offset=4)
+    assert torch.equal(torch.cat([first.index, second.index]), whole.index)
+    state = inputs["state"]
+    step = model.step(state, *(inputs[k][0] for k in ("prev_action", "embed", "is_first")), seed=11)
+    assert torch.equal(step.index, whole.index[0])
+
+
+def test_states_and_actions_have_streams_of_their_own():
+    model = make().requires_grad_(False)
+    a = model.imagine(policy_of(model), model.initial(5), 3, seed=3)
+    with _native.disabled():
+        b = model.imagine(policy_of(model), model.initial(5), 3, seed=3)
+    assert (a.path, b.path) == ("kernel", "steps")
+    assert torch.equal(a.index, b.index)
+    assert torch.equal(a.action.round(), b.action.round())
+    uniform = {"seed": 3, "offset": 0, "shape": (3, 5, 1), "dtype": torch.float64}
+    assert not torch.equal(pywm.ops.philox_uniform(**uniform), pywm.ops.philox_uniform(**uniform, stream=1))
+
+
+def test_noise_and_a_seed_exclude_each_other():
+    model = make()
+    with pytest.raises(ValueError, match="seed is 1, but None was expected, as noise was given"):
+        model.observe(**window(model, 2, 2), seed=1)
+
+
+# ---- the dispatcher ------------------------------------------------------------------------------------------------------
+
+
+def test_compiles_in_one_graph():
+    model = make(dtype=torch.float32)
+    inputs = window(model, 3, 2, torch.float32)
+
+    def loss(embed):
+        result = model.observe(**{**inputs, "embed": embed})
+        return result.deter.square().mean() + result.posterior.square().mean() + result.prior.mean()
+
+    grads = []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        embed = inputs["embed"].clone().requires_grad_()
+        value = run(embed)
+        grads.append((value, *torch.autograd.grad(value, [embed, *model.parameters()], allow_unused=True)))
+    assert_near(grads[1], grads[0], 1e-5)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("classes", [3, 0])
+def test_opcheck(cell, classes):
+    model = make(cell, classes, deter=8, hidden=4, stoch=2, embed=3)
+    inputs = window(model, 2, 2)
+    tensors, present = pywm.ops.rssm._flat(model.params())
+    scan = pywm.ops.rssm._Scan.of(model.config, present)
+    state = RSSMState(
+        inputs["state"].deter.requires_grad_(), inputs["state"].stoch.flatten(1).requires_grad_()
+    )
+    arguments = (
+        inputs["embed"].requires_grad_(),
+        inputs["prev_action"].requires_grad_(),
+        inputs["is_first"],
+        *state,
+        inputs["noise"],
+        None,
+        tensors,
+        *scan,
+    )
+    torch.library.opcheck(torch.ops.pywm.rssm_observe.default, arguments)
+
+
+def test_autocast_leaves_the_model_in_full_precision():
+    model = make(dtype=torch.float32).requires_grad_(False)
+    inputs = window(model, 3, 2, torch.float32)
+    want = model.observe(**inputs)
+    imagined = model.imagine(policy_of(model), want.state, 2, seed=1)
+    low = inputs["embed"].bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model.observe(**inputs)
+        again = model.imagine(policy_of(model), want.state, 2, seed=1)
+        rounded = model.observe(**{**inputs, "embed": low})
+        step = model.step(inputs["state"], inputs["prev_action"][0], low[0])
+    assert torch.equal(got.deter, want.deter)
+    assert torch.equal(again.deter, imagined.deter)
+    assert rounded.deter.dtype == step.deter.dtype == torch.float32
+
+
+def test_memory_does_not_grow():
+    resource = pytest.importorskip("resource")
+    model = make(dtype=torch.float32)
+    inputs = window(model, 2, 2, torch.float32)
+
+    def calls(n):
+        for _ in range(n):
+            outputs_and_gradients(model, inputs)
+            with torch.no_grad():
+                model.imagine(policy_of(model), inputs["state"], 2)
+
+    calls(100)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    calls(300)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2048  # KiB
+
+
 # ---- the module ----------------------------------------------------------------------------------------------------------
 
 
