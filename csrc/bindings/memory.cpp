@@ -59,6 +59,8 @@ class Kept {
     for (int i = 0; i < evicted; ++i) std::free(old[i]->start);
   }
 
+  size_t bytes() const { return bytes_; }
+
  private:
   void remove(int i) {
     bytes_ -= slots_[i]->capacity;
@@ -126,6 +128,8 @@ abi::Managed* new_block(abi::DType dtype, const int64_t* shape, int rank, void**
   *data = view.data;
   return &block->managed;
 }
+
+int64_t kept_bytes() { return static_cast<int64_t>(kept.bytes()); }
 
 void poison(bool on) { poisoned.store(on, std::memory_order_relaxed); }
 

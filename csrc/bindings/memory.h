@@ -25,6 +25,9 @@ inline constexpr bool kKeepBlocks = true;
 // numbers will stand. Null when there is no memory. torch frees it through its deleter, on any thread.
 abi::Managed* new_block(abi::DType dtype, const int64_t* shape, int rank, void** data);
 
+// How much freed memory waits for the next call.
+int64_t kept_bytes();
+
 // From now on new memory holds NaN: an element that a kernel skips shows. For tests.
 void poison(bool on);
 

@@ -73,6 +73,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", [] { return pywm::cpu::available_isas(); }, "Instruction sets that this machine can run.");
   m.def("num_threads", &pywm::cpu::num_threads, "Threads that a large call would use now.");
   m.def("calls", &calls, "How often each kernel ran so far: name -> (CPU, CUDA).");
+  m.def("kept_bytes", &kept_bytes, "How much freed memory waits for the next call.");
   m.def("poison", &poison, "on"_a, "Fill new outputs on the CPU with NaN before the kernels write them; for tests.");
 
   define_returns(m);

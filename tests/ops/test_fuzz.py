@@ -21,16 +21,18 @@ def fuzz_ops(monkeypatch):
     return fuzz_ops
 
 
-@pytest.mark.parametrize("info", OPS, ids=lambda info: info.name)
-def test_nearly_right_calls_return_the_right_thing_or_say_what_is_wrong(info):
+def test_nearly_right_calls_return_the_right_thing_or_say_what_is_wrong():
+    # All ops in one process, for importing torch takes as long as the calls of an op.
     run = subprocess.run(
-        [sys.executable, str(FUZZER), "--op", info.name, "--calls", "500", "--seed", "1000000"],
+        [sys.executable, str(FUZZER), "--calls", "300", "--seed", "1000000"],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
         check=False,
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
+    for info in OPS:
+        assert f"{info.name}:" in run.stdout
 
 
 def _outcomes(fuzz_ops, info, calls=60):
