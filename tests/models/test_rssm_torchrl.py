@@ -2,7 +2,7 @@
 
 What differs is mapped here: TorchRL keeps a block's weight ``[in, out]``, works batch-major, must be told to have norms in
 its posterior and to mix in the uniform distribution, and computes its norms in float32 whatever the dtype. With those norms
-it agrees to float32's precision; with the same formula in double, put in their place, to double's. Bounded actions, eps, the
+it agrees to float32's precision; with the same formula in double in their place, to double's. Bounded actions, eps, the
 order of inputs and gates, the update gate's offset, resets, the inverse CDF and straight-through gradients are the same.
 """
 
