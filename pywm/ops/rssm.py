@@ -15,6 +15,14 @@ from torch.nn import functional
 
 from pywm.ops import _check, _native, reference_rssm
 from pywm.ops._registry import define, differentiate, is_transformed, plain, plain_optional, served
+from pywm.ops.categorical_sample import categorical_sample
+from pywm.ops.gru_gates import (
+    block_gru_gates,
+    gru_block_reset,
+    gru_block_update,
+    gru_gates,
+    layernorm_gru_gates,
+)
 from pywm.ops.norm_act import _backward as norm_act_backward
 from pywm.ops.norm_act import norm_act
 from pywm.ops.philox import philox_normal, philox_uniform
@@ -134,21 +142,10 @@ def rssm_step(
     reset = None if is_first is None else _mask(function, "is_first", is_first, (N,), first)
     force = _force(function, force_stoch, (N, c.stoch), c, first)
     noise = _noise(function, noise, seed, offset, (N, c.stoch), c, first, needed=force is None)
-    if embed is not None and N > 0:
-        # A window of one row, whose prior nobody asked for.
-        one = None if reset is None else reset.unsqueeze(0)
-        if one is None:
-            one = torch.zeros(1, N, dtype=torch.bool, device=first.device)
-        rows = (None if x is None else x.unsqueeze(0) for x in (noise, force))
-        deters, stats, stochs, index = _observe(
-            params, embed.unsqueeze(0), first.unsqueeze(0), one, deter, stoch, *rows
-        )
-        deter, stats, stoch = deters[0], stats[0], stochs[0]
-        index = None if index is None else index[0]
-    else:
-        deter, stats, stoch, index = reference_rssm.step(
-            params, deter, stoch, first, embed, reset, noise, force
-        )
+    arguments = deter, stoch, first, embed, reset, noise, force
+    fused = _native.supports(first) and N > 0 and not is_transformed()
+    step = _fused_step if fused else reference_rssm.step
+    deter, stats, stoch, index = step(params, *arguments)
     shown = reference_rssm.distribution(stats, c)
     posterior, prior = (None, shown) if embed is None else (shown, None)
     return RSSMStep(deter, _shaped(stoch, c), index, posterior, prior)
@@ -220,16 +217,88 @@ def rssm_observe(
     return Observed(deter, _shaped(stoch, c), index, *shown)
 
 
+def _norm_act(x: Tensor, layer: Layer, c: RSSMConfig) -> Tensor:
+    if c.norm == "none":
+        return reference_rssm.norm_act(x, layer, c)
+    assert layer.scale is not None
+    return norm_act(x, layer.scale, layer.shift, norm=c.norm, act=c.act, eps=c.eps)
+
+
+def _hidden(x: Tensor, layer: Layer, c: RSSMConfig) -> Tensor:
+    return _norm_act(functional.linear(x, layer.weight, layer.bias), layer, c)
+
+
 def _head(x: Tensor, layers: tuple[Layer, ...], c: RSSMConfig) -> Tensor:
     """A head as :func:`reference_rssm.head` defines it, with fused norms."""
     for layer in layers[:-1]:
-        x = functional.linear(x, layer.weight, layer.bias)
-        if c.norm == "none":
-            x = reference_rssm.norm_act(x, layer, c)
-        else:
-            assert layer.scale is not None
-            x = norm_act(x, layer.scale, layer.shift, norm=c.norm, act=c.act, eps=c.eps)
+        x = _hidden(x, layer, c)
     return functional.linear(x, layers[-1].weight, layers[-1].bias)
+
+
+def _fused_step(
+    params: RSSMParams,
+    deter: Tensor,
+    stoch: Tensor,
+    action: Tensor,
+    embed: Tensor | None,
+    is_first: Tensor | None,
+    noise: Tensor | None,
+    force: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """:func:`reference_rssm.step` of torch's products and our ops.
+
+    One step reads every weight once; packing them for the scan's kernels would take longer.
+    """
+    c = params.config
+    if is_first is not None:
+        reset = is_first.unsqueeze(-1)
+        deter, stoch, action = (x.masked_fill(reset, 0) for x in (deter, stoch, action))
+    deter = _fused_cell(params, deter, stoch, action)
+    if embed is None:
+        stats = _head(deter, params.prior, c)
+    else:
+        stats = _head(torch.cat([deter, embed], -1), params.posterior, c)
+    if c.is_gaussian or force is not None or noise is None:
+        stoch, index = reference_rssm.sample(stats, noise, force, c)
+        return deter, stats, stoch, index
+    one_hot, classes = categorical_sample(stats.unflatten(-1, (c.stoch, c.classes)), noise, unimix=c.unimix)
+    return deter, stats, one_hot.flatten(-2), classes
+
+
+def _fused_cell(params: RSSMParams, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
+    c = params.config
+    if c.cell == "block_gru":
+        assert params.deter_in is not None
+        assert params.action_in is not None
+        assert params.hidden is not None
+        action = _hidden(reference_rssm.bounded(action), params.action_in, c)
+        x = torch.cat([_hidden(deter, params.deter_in, c), _hidden(stoch, params.stoch_in, c), action], -1)
+        blocks = deter.unflatten(-1, (c.blocks, -1)).transpose(0, 1)
+        y = _blocks(torch.cat([blocks, x.expand(c.blocks, *x.shape)], -1), params.hidden)
+        y = _norm_act(y, params.hidden, c)
+        pre = _blocks(y.unflatten(-1, (c.blocks, -1)).transpose(0, 1), params.gates)
+        return block_gru_gates(pre, deter, blocks=c.blocks)
+    x = _hidden(torch.cat([stoch, action], -1), params.stoch_in, c)
+    gates = params.gates
+    if c.cell == "layernorm_gru":
+        assert gates.scale is not None
+        assert gates.shift is not None
+        pre = functional.linear(torch.cat([x, deter], -1), gates.weight, gates.bias)
+        return layernorm_gru_gates(pre, gates.scale, gates.shift, deter, eps=c.cell_eps)
+    assert params.candidate is not None
+    weight, bias, *_ = params.candidate
+    if c.cell == "gru":
+        from_deter = functional.linear(deter, weight, bias)
+        return gru_gates(functional.linear(x, gates.weight, gates.bias), from_deter, deter)
+    pre = functional.linear(torch.cat([x, deter], -1), gates.weight, gates.bias)
+    candidate = functional.linear(torch.cat([x, gru_block_reset(pre, deter)], -1), weight, bias)
+    return gru_block_update(pre, candidate, deter)
+
+
+def _blocks(x: Tensor, layer: Layer) -> Tensor:
+    """``x [G, N, in/G]`` times a block-diagonal weight: ``[N, out]``."""
+    y = torch.bmm(x, layer.weight.transpose(1, 2)).transpose(0, 1).flatten(1)
+    return y if layer.bias is None else y + layer.bias
 
 
 def _full_precision(params: object, *tensors: object) -> list[Any] | None:
