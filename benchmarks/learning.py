@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import torch
 import tyro
 
 from pywm.algos import ppo
@@ -66,14 +67,45 @@ class Options:
     """Where the runs go."""
 
 
+TRUNCATION = "pywm/Truncation-v0"
+
+# Reward 1 for ever, cut after 5 steps, discount 0.9: what the value should be with the bootstrap, and what it would be if
+# a time limit were taken for the end.
+TRUNCATION_VALUES = ((True, 0.95, 10.0), (False, 1.0, 2.63), (False, 0.0, 3.57))
+
+
 def main(options: Options) -> int:
     missed = 0
     for env in options.envs:
+        if env == TRUNCATION:
+            missed += not learn_truncation(options)
+            continue
         name, preset = next(((n, p) for n, p in ppo.PRESETS.items() if p.suits(env)), (None, None))
         if preset is None:
             raise SystemExit(f"no preset suits {env}: choose from {[p.envs for p in ppo.PRESETS.values()]}")
         missed += not learn(env, name, preset, options)
     return 1 if missed else 0
+
+
+def learn_truncation(options: Options) -> bool:
+    """Learn the value of an episode that is only ever cut, with and without the bootstrap; say whether it is right."""
+    rows = []
+    for bootstrap, lam, expected in TRUNCATION_VALUES:
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
+            config = ppo.Config(
+                steps=8_000, num_envs=4, num_steps=25, batch_size=100, epochs=20, lr=1e-2, discount=0.9, lam=lam,
+                bootstrap_truncated=bootstrap, max_grad_norm=None, hidden=(16,), seed=seed,
+            )  # fmt: skip
+            value = ppo.train(config, TRUNCATION).policy.value(torch.ones(1, 1)).item()
+            rows.append(
+                {"bootstrap": bootstrap, "lam": lam, "seed": seed, "value": value, "expected": expected}
+            )
+            print(f"{TRUNCATION} {rows[-1]}", flush=True)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    result = {"algorithm": "ppo", "env": TRUNCATION, "machine": machine.facts(), "runs": rows}
+    (out / "pywm_Truncation-v0.json").write_text(json.dumps(result, indent=1) + "\n")
+    return all(abs(row["value"] - row["expected"]) <= 0.02 * row["expected"] for row in rows)
 
 
 def learn(env: str, name: str, preset: Preset, options: Options) -> bool:
