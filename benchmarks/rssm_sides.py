@@ -68,7 +68,7 @@ class Side:
     """One contestant; what does not belong to a workload is made beforehand.
 
     Attributes:
-        compiled: what torch.compile compiles: nothing, ``"step"`` or, in observe alone, the whole ``"window"``.
+        compiled: what torch.compile compiles: nothing, ``"step"`` or, in observe, a ``"scan"`` or the whole ``"window"``.
         embed: the embeddings as this side wants them.
         leaves: what the workload "gradients" differentiates in.
     """
@@ -229,7 +229,11 @@ class TorchRL(Side):
         base = importlib.import_module("torchrl.modules.models.model_based")
         wrap = importlib.import_module("tensordict.nn").TensorDictModule
         self.tensordict = importlib.import_module("tensordict").TensorDict
-        sizes = {"hidden_dim": c.hidden, "num_categoricals": c.stoch, "num_classes": c.classes}
+        sizes: dict[str, Any] = {
+            "hidden_dim": c.hidden,
+            "num_categoricals": c.stoch,
+            "num_classes": c.classes,
+        }
         sizes |= {"rnn_hidden_dim": c.deter, "unimix": c.unimix, "norm_eps": c.eps}
         core = {"recurrent_model": "block_gru", "num_blocks": c.blocks, "prior_num_layers": c.prior_layers}
         self.prior = base.RSSMPriorV3(action_shape=(A,), action_dim=A, **core, **sizes)
@@ -242,7 +246,7 @@ class TorchRL(Side):
         outputs = [("next", "posterior_logits"), ("next", "state")]
         self.rollout = base.RSSMRolloutV3(prior, wrap(self.posterior, in_keys=inputs, out_keys=outputs))
         if self.compiled:
-            self.rollout.compile_rollout("step" if self.compiled == "step" else "scan")
+            self.rollout.compile_rollout(self.compiled)
         self.embed = d.embed.transpose(0, 1).contiguous().requires_grad_()
         self.leaves = [self.embed, *self.prior.parameters(), *self.posterior.parameters()]
         self.window = {
