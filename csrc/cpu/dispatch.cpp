@@ -554,55 +554,55 @@ void gaussian_kl_backward(const GaussianKlBackwardArgs<S>& a) {
   over_range(of<S>(kernels()).gaussian_kl_backward, a, a.M, 1, a.M * a.Z * kWorkPerExp);
 }
 
-#define PYWM_INSTANTIATE(S) \
-  template void gae(const GaeArgs<S>&); \
-  template void gae_backward(const GaeBackwardArgs<S>&); \
-  template void lambda_return(const LambdaReturnArgs<S>&); \
-  template void lambda_return_backward(const LambdaReturnBackwardArgs<S>&); \
-  template void discounted_return(const DiscountedReturnArgs<S>&); \
-  template void discounted_return_backward(const DiscountedReturnBackwardArgs<S>&); \
-  template void vtrace(const VtraceArgs<S>&); \
-  template void vtrace_backward(const VtraceBackwardArgs<S>&); \
-  template void ppo_loss_categorical(const PpoLossCategoricalArgs<S>&); \
-  template void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&); \
-  template void mlp(const MlpArgs<S>&); \
-  template void mlp_backward(const MlpBackwardArgs<S>&); \
-  template int64_t mlp_workspace<S>(const int64_t*, int64_t); \
-  template int64_t mlp_backward_workspace<S>(const int64_t*, int64_t); \
-  template void adam_step(const AdamArgs<S>&); \
-  template int64_t rssm_observe_workspace<S>(const RssmForm&, int64_t, bool); \
-  template void rssm_observe(const RssmObserveArgs<S>&); \
+#define PYWM_INSTANTIATE(S)                                                               \
+  template void gae(const GaeArgs<S>&);                                                   \
+  template void gae_backward(const GaeBackwardArgs<S>&);                                  \
+  template void lambda_return(const LambdaReturnArgs<S>&);                                \
+  template void lambda_return_backward(const LambdaReturnBackwardArgs<S>&);               \
+  template void discounted_return(const DiscountedReturnArgs<S>&);                        \
+  template void discounted_return_backward(const DiscountedReturnBackwardArgs<S>&);       \
+  template void vtrace(const VtraceArgs<S>&);                                             \
+  template void vtrace_backward(const VtraceBackwardArgs<S>&);                            \
+  template void ppo_loss_categorical(const PpoLossCategoricalArgs<S>&);                   \
+  template void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&);                         \
+  template void mlp(const MlpArgs<S>&);                                                   \
+  template void mlp_backward(const MlpBackwardArgs<S>&);                                  \
+  template int64_t mlp_workspace<S>(const int64_t*, int64_t);                             \
+  template int64_t mlp_backward_workspace<S>(const int64_t*, int64_t);                    \
+  template void adam_step(const AdamArgs<S>&);                                            \
+  template int64_t rssm_observe_workspace<S>(const RssmForm&, int64_t, bool);             \
+  template void rssm_observe(const RssmObserveArgs<S>&);                                  \
   template int64_t rssm_observe_backward_workspace<S>(const RssmForm&, int64_t, int64_t); \
-  template void rssm_observe_backward(const RssmObserveBackwardArgs<S>&); \
-  template int64_t rssm_imagine_workspace(const RssmImagineArgs<S>&); \
-  template void rssm_imagine(const RssmImagineArgs<S>&); \
-  template void norm_act(const NormActArgs<S>&); \
-  template void norm_act_backward(const NormActBackwardArgs<S>&); \
-  template void block_gru_gates(const BlockGruGatesArgs<S>&); \
-  template void block_gru_gates_backward(const BlockGruGatesBackwardArgs<S>&); \
-  template void layernorm_gru_gates(const LayernormGruGatesArgs<S>&); \
-  template void layernorm_gru_gates_backward(const LayernormGruGatesBackwardArgs<S>&); \
-  template void gru_gates(const GruGatesArgs<S>&); \
-  template void gru_gates_backward(const GruGatesBackwardArgs<S>&); \
-  template void gru_block_reset(const GruBlockResetArgs<S>&); \
-  template void gru_block_reset_backward(const GruBlockResetBackwardArgs<S>&); \
-  template void gru_block_update(const GruBlockUpdateArgs<S>&); \
-  template void gru_block_update_backward(const GruBlockUpdateBackwardArgs<S>&); \
-  template void one_hot_linear(const OneHotLinearArgs<S>&); \
-  template void one_hot_linear_backward(const OneHotLinearBackwardArgs<S>&); \
-  template int64_t one_hot_linear_workspace<S>(int64_t, int64_t); \
-  template void philox(const PhiloxArgs<S>&); \
-  template void categorical_sample(const CategoricalSampleArgs<S>&); \
-  template void categorical_sample_backward(const CategoricalSampleBackwardArgs<S>&); \
-  template void kl_balance(const KlBalanceArgs<S>&); \
-  template void kl_balance_backward(const KlBalanceBackwardArgs<S>&); \
-  template void symexp_twohot_loss(const SymexpTwohotLossArgs<S>&); \
-  template void symexp_twohot_loss_backward(const SymexpTwohotLossBackwardArgs<S>&); \
-  template void symexp_twohot_mean(const SymexpTwohotMeanArgs<S>&); \
-  template void symexp_twohot_mean_backward(const SymexpTwohotMeanBackwardArgs<S>&); \
-  template void gaussian_sample(const GaussianSampleArgs<S>&); \
-  template void gaussian_sample_backward(const GaussianSampleBackwardArgs<S>&); \
-  template void gaussian_kl(const GaussianKlArgs<S>&); \
+  template void rssm_observe_backward(const RssmObserveBackwardArgs<S>&);                 \
+  template int64_t rssm_imagine_workspace(const RssmImagineArgs<S>&);                     \
+  template void rssm_imagine(const RssmImagineArgs<S>&);                                  \
+  template void norm_act(const NormActArgs<S>&);                                          \
+  template void norm_act_backward(const NormActBackwardArgs<S>&);                         \
+  template void block_gru_gates(const BlockGruGatesArgs<S>&);                             \
+  template void block_gru_gates_backward(const BlockGruGatesBackwardArgs<S>&);            \
+  template void layernorm_gru_gates(const LayernormGruGatesArgs<S>&);                     \
+  template void layernorm_gru_gates_backward(const LayernormGruGatesBackwardArgs<S>&);    \
+  template void gru_gates(const GruGatesArgs<S>&);                                        \
+  template void gru_gates_backward(const GruGatesBackwardArgs<S>&);                       \
+  template void gru_block_reset(const GruBlockResetArgs<S>&);                             \
+  template void gru_block_reset_backward(const GruBlockResetBackwardArgs<S>&);            \
+  template void gru_block_update(const GruBlockUpdateArgs<S>&);                           \
+  template void gru_block_update_backward(const GruBlockUpdateBackwardArgs<S>&);          \
+  template void one_hot_linear(const OneHotLinearArgs<S>&);                               \
+  template void one_hot_linear_backward(const OneHotLinearBackwardArgs<S>&);              \
+  template int64_t one_hot_linear_workspace<S>(int64_t, int64_t);                         \
+  template void philox(const PhiloxArgs<S>&);                                             \
+  template void categorical_sample(const CategoricalSampleArgs<S>&);                      \
+  template void categorical_sample_backward(const CategoricalSampleBackwardArgs<S>&);     \
+  template void kl_balance(const KlBalanceArgs<S>&);                                      \
+  template void kl_balance_backward(const KlBalanceBackwardArgs<S>&);                     \
+  template void symexp_twohot_loss(const SymexpTwohotLossArgs<S>&);                       \
+  template void symexp_twohot_loss_backward(const SymexpTwohotLossBackwardArgs<S>&);      \
+  template void symexp_twohot_mean(const SymexpTwohotMeanArgs<S>&);                       \
+  template void symexp_twohot_mean_backward(const SymexpTwohotMeanBackwardArgs<S>&);      \
+  template void gaussian_sample(const GaussianSampleArgs<S>&);                            \
+  template void gaussian_sample_backward(const GaussianSampleBackwardArgs<S>&);           \
+  template void gaussian_kl(const GaussianKlArgs<S>&);                                    \
   template void gaussian_kl_backward(const GaussianKlBackwardArgs<S>&);
 PYWM_INSTANTIATE(float)
 PYWM_INSTANTIATE(double)

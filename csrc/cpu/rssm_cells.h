@@ -45,7 +45,8 @@ template <typename S>
 }
 // The same of W itself, [K, N], for products with the gradients of what the layer gives.
 template <typename S>
-[[gnu::noinline]] void pack_transposed_weight(const Team& team, const S* w, int64_t ld, int64_t K, int64_t N, S* packed) {
+[[gnu::noinline]] void pack_transposed_weight(const Team& team, const S* w, int64_t ld, int64_t K, int64_t N,
+                                              S* packed) {
   constexpr int64_t kCols = Simd<S>::kCols;
   const int64_t count = panels<S>(N);
   for (int64_t p = team.begin(count); p < team.end(count); ++p)
@@ -54,8 +55,8 @@ template <typename S>
 
 // This member's columns of c [rows, N] = start + a·packed; bias null: zero.
 template <typename S>
-[[gnu::noinline]] void product(const Team& team, const S* a, int64_t lda, const S* packed, const S* bias, S* c, int64_t ldc,
-                    int64_t rows, int64_t N, int64_t K, bool accumulate = false) {
+[[gnu::noinline]] void product(const Team& team, const S* a, int64_t lda, const S* packed, const S* bias, S* c,
+                               int64_t ldc, int64_t rows, int64_t N, int64_t K, bool accumulate = false) {
   constexpr int64_t kCols = Simd<S>::kCols;
   const int64_t count = panels<S>(N);
   const int64_t first = team.begin(count) * kCols, last = min(N, team.end(count) * kCols);
@@ -75,8 +76,8 @@ inline void zero_row(S* to, int64_t n) {
 
 // out [n] := start (null: zero) + the columns of a stoch layer that `index` names, from its packed panels.
 template <typename S>
-[[gnu::noinline]] void gather_row(const S* packed, const uint8_t* index, int64_t groups, int64_t classes, const S* start,
-                       int64_t n, S* __restrict out) {
+[[gnu::noinline]] void gather_row(const S* packed, const uint8_t* index, int64_t groups, int64_t classes,
+                                  const S* start, int64_t n, S* __restrict out) {
   constexpr int64_t kCols = Simd<S>::kCols, L = Simd<S>::kLanes;
   using Vector = typename Simd<S>::Vector;
   const int64_t K = groups * classes;

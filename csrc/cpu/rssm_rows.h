@@ -80,8 +80,8 @@ template <typename S>
 
 // Inverse CDF of (1 - unimix)·softmax + unimix / classes. `probs` is scratch. Sums run in the order of the classes.
 template <typename S>
-[[gnu::noinline]] void sample_row(const S* logits, const S* uniform, int64_t groups, int64_t classes, S unimix, S* probs,
-                       uint8_t* index) {
+[[gnu::noinline]] void sample_row(const S* logits, const S* uniform, int64_t groups, int64_t classes, S unimix,
+                                  S* probs, uint8_t* index) {
   softmax_row(logits, groups, classes, probs);
   const S floor = unimix / S(classes), share = S(1) - unimix;
   for (int64_t g = 0; g < groups; ++g) {
@@ -107,8 +107,8 @@ inline void one_hot_row(const uint8_t* index, int64_t groups, int64_t classes, S
 
 // Straight through: from the gradient of the one-hot to that of the logits, added to `grad`. `probs` is scratch.
 template <typename S>
-[[gnu::noinline]] void straight_through_row(const S* logits, const S* __restrict grad_stoch, int64_t groups, int64_t classes,
-                                 S unimix, S* probs, S* __restrict grad) {
+[[gnu::noinline]] void straight_through_row(const S* logits, const S* __restrict grad_stoch, int64_t groups,
+                                            int64_t classes, S unimix, S* probs, S* __restrict grad) {
   softmax_row(logits, groups, classes, probs);
   const S share = S(1) - unimix;
   for (int64_t g = 0; g < groups; ++g) {
