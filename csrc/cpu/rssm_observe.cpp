@@ -390,12 +390,12 @@ void cell_backward(const Team& team, const RssmObserveBackwardArgs<S>& a, const 
   } else {
     for (int64_t r = begin; r < end; ++r) {
       const S *ru = cell1 + r * 2 * D, *c = cell2 + r * D, *hr = h + r * D, *g = grad + r * D;
-      S *oru = grad1 + r * 2 * D, *oc = grad2 + r * D, *cr = carry + r * D, *yr = y + r * D;
+      S *out_gates = grad1 + r * 2 * D, *out_candidate = grad2 + r * D, *cr = carry + r * D, *yr = y + r * D;
 #pragma GCC ivdep
       for (int64_t j = 0; j < D; ++j) {
         const S reset = math::sigmoid(ru[j]), keep = math::sigmoid(ru[D + j]), candidate = math::tanh(c[j]);
-        oc[j] = g[j] * (S(1) - keep) * (S(1) - candidate * candidate);
-        oru[D + j] = g[j] * (hr[j] - candidate) * keep * (S(1) - keep);
+        out_candidate[j] = g[j] * (S(1) - keep) * (S(1) - candidate * candidate);
+        out_gates[D + j] = g[j] * (hr[j] - candidate) * keep * (S(1) - keep);
         cr[j] = keep * g[j];
         yr[j] = reset * hr[j];
       }
@@ -405,11 +405,11 @@ void cell_backward(const Team& team, const RssmObserveBackwardArgs<S>& a, const 
     team.sync();
     for (int64_t r = begin; r < end; ++r) {
       const S *ru = cell1 + r * 2 * D, *hr = h + r * D, *gy = grad_y + r * D;
-      S *oru = grad1 + r * 2 * D, *cr = carry + r * D;
+      S *out_gates = grad1 + r * 2 * D, *cr = carry + r * D;
 #pragma GCC ivdep
       for (int64_t j = 0; j < D; ++j) {
         const S reset = math::sigmoid(ru[j]);
-        oru[j] = gy[j] * hr[j] * reset * (S(1) - reset);
+        out_gates[j] = gy[j] * hr[j] * reset * (S(1) - reset);
         cr[j] += gy[j] * reset;
       }
     }
