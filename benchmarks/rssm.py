@@ -2,7 +2,7 @@
 
     python benchmarks/rssm.py --size size12m                      # 2 threads, all workloads
     python benchmarks/rssm.py --size size1m --check               # exit 1 if a target is missed
-    python benchmarks/rssm.py --size classic --sheeprl /tmp/sheeprl --json out.json
+    python benchmarks/rssm.py --size classic --sheeprl rivals/sheeprl --json out.json
     python benchmarks/rssm.py --size tiny --compile none --seconds 1 --workload observe
 
 Rivals: pywm's own reference in PyTorch, torchrl's DreamerV3 modules and sheeprl's DreamerV3 (block GRU, or for "classic"
@@ -10,7 +10,7 @@ LayerNorm GRU, which torchrl lacks), each eager and with one step under torch.co
 ``--compile window`` adds the reference's whole window under torch.compile, which unrolls it and takes minutes; ``--compile
 none`` leaves all of this out. sheeprl pins other versions of everything, so it is put beside, not installed:
 
-    pip install --no-deps --target /tmp/sheeprl sheeprl==0.8.4
+    pip install --no-deps --target rivals/sheeprl sheeprl==0.8.4
 
 Workloads: "observe" filters a window of 64 rows of 16 (posterior and prior) without gradients; "gradients" adds the
 gradients of posterior, prior, deter and stoch in all parameters and embeddings; "imagine" goes 15 steps from 1024 starts

@@ -84,9 +84,7 @@ inline void block_gru_gates(const S* __restrict g, const S* __restrict h, int64_
                             S* __restrict deter) {
 #pragma GCC ivdep
   for (int64_t j = first; j < first + n; ++j) {
-    const S reset = math::sigmoid(g[j]), update = math::sigmoid(g[2 * Dg + j] - S(1));
-    const S candidate = math::tanh(reset * g[Dg + j]);
-    deter[j] = update * candidate + (S(1) - update) * h[j];
+    deter[j] = math::gru_step(math::GruGates<S>{g[j], g[Dg + j], g[2 * Dg + j]}, h[j]);
   }
 }
 
@@ -163,8 +161,7 @@ void cell_forward(const Team& team, const RssmForm& f, const RssmWeights<S>& w, 
 #pragma GCC ivdep
       for (int64_t j = 0; j < D; ++j) {
         const auto q = [&](int64_t i) { return (p[i] - m.mean) * m.inverse * scale[i] + shift[i]; };
-        const S reset = math::sigmoid(q(j)), update = math::sigmoid(q(2 * D + j) - S(1));
-        deter[j] = update * math::tanh(reset * q(D + j)) + (S(1) - update) * h[j];
+        deter[j] = math::gru_step(math::GruGates<S>{q(j), q(D + j), q(2 * D + j)}, h[j]);
       }
     }
   } else if (f.cell == RssmCell::kGru) {
@@ -176,9 +173,8 @@ void cell_forward(const Team& team, const RssmForm& f, const RssmWeights<S>& w, 
       S* deter = s.deter + r * D;
 #pragma GCC ivdep
       for (int64_t j = 0; j < D; ++j) {
-        const S reset = math::sigmoid(gx[j] + gh[j]), keep = math::sigmoid(gx[D + j] + gh[D + j]);
-        const S candidate = math::tanh(gx[2 * D + j] + reset * gh[2 * D + j]);
-        deter[j] = keep * h[j] + (S(1) - keep) * candidate;
+        deter[j] = math::reset_after_step(math::ResetAfterGates<S>{gx[j], gx[D + j], gx[2 * D + j]},
+                                          math::ResetAfterGates<S>{gh[j], gh[D + j], gh[2 * D + j]}, h[j]);
       }
     }
   } else {

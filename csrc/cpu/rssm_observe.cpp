@@ -302,13 +302,11 @@ void cell_backward(const Team& team, const RssmObserveBackwardArgs<S>& a, const 
         S *out = grad2 + r * 3 * D + 3 * g * Dg, *cb = carry + r * D + g * Dg;
 #pragma GCC ivdep
         for (int64_t j = 0; j < Dg; ++j) {
-          const S reset = math::sigmoid(pre[j]), update = math::sigmoid(pre[2 * Dg + j] - S(1));
-          const S candidate = math::tanh(reset * pre[Dg + j]);
-          const S slope = gd[j] * update * (S(1) - candidate * candidate);
-          out[j] = slope * pre[Dg + j] * reset * (S(1) - reset);
-          out[Dg + j] = slope * reset;
-          out[2 * Dg + j] = gd[j] * (candidate - hb[j]) * update * (S(1) - update);
-          cb[j] = (S(1) - update) * gd[j];
+          const auto back = math::gru_grad(gd[j], math::GruGates<S>{pre[j], pre[Dg + j], pre[2 * Dg + j]}, hb[j]);
+          out[j] = back.gates.reset;
+          out[Dg + j] = back.gates.candidate;
+          out[2 * Dg + j] = back.gates.update;
+          cb[j] = back.deter;
         }
       }
     team.sync();
@@ -341,13 +339,11 @@ void cell_backward(const Team& team, const RssmObserveBackwardArgs<S>& a, const 
 #pragma GCC ivdep
       for (int64_t j = 0; j < D; ++j) {
         const auto q = [&](int64_t i) { return (p[i] - m.mean) * m.inverse * scale[i] + shift[i]; };
-        const S reset = math::sigmoid(q(j)), update = math::sigmoid(q(2 * D + j) - S(1)), qc = q(D + j);
-        const S candidate = math::tanh(reset * qc);
-        const S slope = g[j] * update * (S(1) - candidate * candidate);
-        out[j] = slope * qc * reset * (S(1) - reset);
-        out[D + j] = slope * reset;
-        out[2 * D + j] = g[j] * (candidate - hr[j]) * update * (S(1) - update);
-        c[j] = (S(1) - update) * g[j];
+        const auto back = math::gru_grad(g[j], math::GruGates<S>{q(j), q(D + j), q(2 * D + j)}, hr[j]);
+        out[j] = back.gates.reset;
+        out[D + j] = back.gates.candidate;
+        out[2 * D + j] = back.gates.update;
+        c[j] = back.deter;
       }
 #pragma GCC ivdep
       for (int64_t i = 0; i < 3 * D; ++i) {
@@ -370,18 +366,13 @@ void cell_backward(const Team& team, const RssmObserveBackwardArgs<S>& a, const 
       S *ox = grad1 + r * 3 * D, *oh = grad2 + r * 3 * D, *c = carry + r * D;
 #pragma GCC ivdep
       for (int64_t j = 0; j < D; ++j) {
-        const S reset = math::sigmoid(gx[j] + gh[j]), keep = math::sigmoid(gx[D + j] + gh[D + j]);
-        const S candidate = math::tanh(gx[2 * D + j] + reset * gh[2 * D + j]);
-        const S grad_candidate = g[j] * (S(1) - keep) * (S(1) - candidate * candidate);
-        const S grad_keep = g[j] * (hr[j] - candidate) * keep * (S(1) - keep);
-        const S grad_reset = grad_candidate * gh[2 * D + j] * reset * (S(1) - reset);
-        ox[j] = grad_reset;
-        oh[j] = grad_reset;
-        ox[D + j] = grad_keep;
-        oh[D + j] = grad_keep;
-        ox[2 * D + j] = grad_candidate;
-        oh[2 * D + j] = grad_candidate * reset;
-        c[j] = keep * g[j];
+        const auto back = math::reset_after_grad(g[j], math::ResetAfterGates<S>{gx[j], gx[D + j], gx[2 * D + j]},
+                                                 math::ResetAfterGates<S>{gh[j], gh[D + j], gh[2 * D + j]}, hr[j]);
+        ox[j] = oh[j] = back.input.reset;
+        ox[D + j] = oh[D + j] = back.input.keep;
+        ox[2 * D + j] = back.input.candidate;
+        oh[2 * D + j] = back.hidden_candidate;
+        c[j] = back.deter;
       }
     }
     team.sync();

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../math/activations.h"
+#include "../math/gru.h"
 #include "../ops.h"
 #include "gemm.h"
 
