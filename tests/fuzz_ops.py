@@ -286,8 +286,8 @@ def huge(case: Case, name: str, x: Tensor) -> bool:
         case.info.name in ROW_OPS and name == "logits"
     ):  # legal alone, or with its rows' numbers
         return False
-    if case.info.name in ROW_OPS and any("expanded to" in step for step in case.steps):
-        return False  # two of them could fit each other
+    if _is_of_rows(case) and any("expanded to" in step for step in case.steps):
+        return False  # two of them could fit each other, and the result would fill the memory
     big = case.rng.choice([2**31, 2**31 + 1, 2**32 + 3, 2**40])
     shape = [big, *x.shape[1:]] if case.rng.random() < 0.5 else [*x.shape[:-1], big]
     if case.rng.random() < 0.3 and x.ndim > 1:
@@ -318,11 +318,14 @@ def wrong_dtype(case: Case, name: str, x: Tensor) -> bool:
     legal = {"mask": (torch.bool, *FLOAT_DTYPES), "classes": classes, "float": FLOAT_DTYPES}[kind]
     verdict = Verdict.GOOD if dtype in legal else Verdict.BAD
     if kind == "float" and dtype in legal and dtype != x.dtype:
-        alone = sum(t.is_floating_point() for t in case.sample.tensors.values() if isinstance(t, Tensor)) == 1
-        verdict = Verdict.MAYBE if alone else Verdict.CLASH
+        verdict = Verdict.MAYBE if _floats_left(case) == 1 else Verdict.CLASH
     case.sample.tensors[name] = x.to(dtype)
     case.note(verdict, name, str(dtype))
     return True
+
+
+def _floats_left(case: Case) -> int:
+    return sum(t.is_floating_point() for t in case.sample.tensors.values() if isinstance(t, Tensor))
 
 
 def quantized(case: Case, name: str, x: Tensor) -> bool:
@@ -395,6 +398,8 @@ def none(case: Case, name: str, x: Tensor) -> bool:
     if name in case.blamed:  # it would undo what was done
         return False
     case.sample.tensors[name] = None
+    if _floats_left(case) == 1:  # nobody is left to clash with
+        case.verdicts = [Verdict.MAYBE if v is Verdict.CLASH else v for v in case.verdicts]
     case.note(Verdict.MAYBE if optional(case.info, name) else Verdict.BAD, name, "None")
     return True
 
