@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 PIP := PYWM_REQUIRE_EXT=$(if $(PYWM_NO_EXT),0,1) PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet $(PIP_ARGS)
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml pywm/_version.py \
   $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
-CXX_FILES := $(shell find csrc tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CXX_FILES := $(shell find csrc benchmarks tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .PHONY: help demo test bench build lint format docs clean FORCE
 .DELETE_ON_ERROR:

@@ -7,8 +7,8 @@
 #   OUT=dir benchmarks/gpu.sh               where JSON and logs go (default: build/gpu)
 #   LIMIT_test=300 benchmarks/gpu.sh test   another time limit for a phase, in seconds
 #
-# Phases: facts build conformance test sanitize bench. Each has a time limit and writes $OUT/<phase>.log; $OUT/gpu.json
-# says how each ended. A failed phase does not stop those after it, except that nothing runs without a build.
+# Phases: facts build conformance barrier test rssm sanitize bench. Each has a time limit and writes $OUT/<phase>.log;
+# $OUT/gpu.json says how each ended. A failed phase does not stop those after it, except that nothing runs without a build.
 set -u
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -19,10 +19,10 @@ OUT=$(cd "$OUT" && pwd)
 # Not under $OUT, which may be copied off the machine.
 work=${WORK:-$root/build/gpu-work}
 phases=("$@")
-[ ${#phases[@]} -gt 0 ] || phases=(facts build conformance test sanitize bench)
+[ ${#phases[@]} -gt 0 ] || phases=(facts build conformance barrier test rssm sanitize bench)
 
 : "${LIMIT_facts:=30}" "${LIMIT_build:=240}" "${LIMIT_conformance:=60}" "${LIMIT_test:=240}" "${LIMIT_sanitize:=300}"
-: "${LIMIT_bench:=240}"
+: "${LIMIT_bench:=240}" "${LIMIT_barrier:=60}" "${LIMIT_rssm:=300}"
 
 export PYTHONPATH=$work
 export PYTHONDONTWRITEBYTECODE=1
@@ -59,6 +59,12 @@ phase_conformance() {
     -o "$work/conformance" && "$work/conformance"
 }
 
+# What a barrier between all blocks costs: whether persistent scans are worth building.
+phase_barrier() {
+  nvcc -std=c++20 -O2 "-arch=sm_$(arch)" -I "$root/csrc" "$root/benchmarks/barrier.cu" -o "$work/barrier" &&
+    "$work/barrier" | tee "$OUT/barrier.json"
+}
+
 phase_test() {
   cd "$work" && "${pytest[@]}" --junitxml="$OUT/test.xml" tests/ops -k "cuda"
 }
@@ -76,6 +82,15 @@ phase_sanitize() {
   return $ok
 }
 
+phase_rssm() {
+  local size ok=0
+  cd "$root" || return 1
+  for size in size12m size1m classic; do
+    "$PYTHON" benchmarks/rssm.py --device cuda --size $size --seconds 6 --json "$OUT/rssm_$size.json" || ok=1
+  done
+  return $ok
+}
+
 phase_bench() {
   cd "$root" && "$PYTHON" benchmarks/gpu.py --json "$OUT/bench.json"
 }
@@ -84,10 +99,10 @@ results=()
 status=0
 for phase in "${phases[@]}"; do
   if ! declare -F "phase_$phase" >/dev/null; then
-    echo "gpu.sh: unknown phase '$phase'; phases are: facts build conformance test sanitize bench" >&2
+    echo "gpu.sh: unknown phase '$phase'; phases are: facts build conformance barrier test rssm sanitize bench" >&2
     exit 2
   fi
-  if [[ $phase != facts && $phase != build && $phase != conformance ]] && ! ls "$work"/pywm/_C.*.so >/dev/null 2>&1; then
+  if [[ ! " facts build conformance barrier " == *" $phase "* ]] && ! ls "$work"/pywm/_C.*.so >/dev/null 2>&1; then
     echo "$phase: skipped, nothing is built"
     results+=("\"$phase\": {\"status\": \"skipped\"}")
     status=1

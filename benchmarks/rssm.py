@@ -12,6 +12,8 @@ none`` leaves all of this out. sheeprl pins other versions of everything, so it 
 
     pip install --no-deps --target rivals/sheeprl sheeprl==0.8.4
 
+On a GPU (``--device cuda``): the reference, eager, under torch.compile(mode="reduce-overhead") and in a CUDA graph.
+
 Workloads: "observe" filters a window of 64 rows of 16 (posterior and prior) without gradients; "gradients" adds the
 gradients of posterior, prior, deter and stoch in all parameters and embeddings; "imagine" goes 15 steps from 1024 starts
 with a 3-layer actor of 18 classes, without gradients; "act" is one posterior step for 1 or 16 environments.
@@ -41,6 +43,7 @@ from rssm_sides import (
     Data,
     EagerReference,
     Form,
+    GraphReference,
     LeftOutError,
     Pywm,
     Sheeprl,
@@ -96,6 +99,7 @@ def sides(c: RSSMConfig) -> dict[str, tuple[type[Side], str]]:
         "reference": (EagerReference, ""),
         "reference, compiled step": (CompiledReference, "step"),
         "reference, compiled window": (CompiledReference, "window"),
+        "reference, CUDA graph": (GraphReference, ""),
         "torchrl": (TorchRL, ""),
         "torchrl, compiled step": (TorchRL, "step"),
         "torchrl, compiled scan": (TorchRL, "scan"),
@@ -110,7 +114,7 @@ def sides(c: RSSMConfig) -> dict[str, tuple[type[Side], str]]:
 def differentiate(side: Any, **options: Any) -> list[Tensor]:
     """Return the outputs of observe and the gradients of their sum, whose cotangents cost nobody anything."""
     outputs = side.observe(**options)
-    ones = [torch.ones((), dtype=x.dtype).expand_as(x) for x in outputs]
+    ones = [x.new_ones(()).expand_as(x) for x in outputs]
     return [*outputs, *torch.autograd.grad(outputs, side.leaves, ones)]
 
 
@@ -142,9 +146,9 @@ def assert_correct(side: Pywm) -> None:
     before = _native.calls()
     got = under_force(side)
     served = {name for name, count in _native.calls().items() if count != before.get(name)}
-    assert {"rssm_observe", "rssm_observe_backward", "rssm_imagine"} <= served, (
-        f"kernels served only {served}"
-    )
+    on_gpu = {"rssm_enter", "rssm_leave", "norm_act", "norm_act_backward", "categorical_sample"}
+    expected = on_gpu if side.d.deter.is_cuda else {"rssm_observe", "rssm_observe_backward", "rssm_imagine"}
+    assert expected <= served, f"kernels served only {served}"
     with _native.disabled():
         want = under_force(in_double(side))
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
@@ -160,7 +164,7 @@ def assert_plausible(outputs: Any, want: Any, c: RSSMConfig, workload: str) -> N
     assert shapes[0] == shapes[1], f"shapes {shapes[0]}, but {shapes[1]} were expected"
     stoch = outputs[1].unflatten(-1, (c.stoch, c.classes))
     for x in (stoch.amax(-1), stoch.sum(-1)):
-        assert torch.allclose(x, torch.ones(())), "samples are not one-hot"
+        assert torch.allclose(x, torch.ones_like(x)), "samples are not one-hot"
 
 
 # ---- the comparison ------------------------------------------------------------------------------------------------------
@@ -213,7 +217,7 @@ def compare(
         if compiled:
             compile_s[name] = round(time.perf_counter() - start, 1)
         thunks[name] = thunk
-    a, b = torch.randn(2, PRODUCT, PRODUCT)
+    a, b = torch.randn(2, PRODUCT, PRODUCT, device=options.device)
     times = interleaved({**thunks, "product": lambda: torch.mm(a, b)}, options.seconds)
     peak = 2 * PRODUCT**3 / times.pop("product")  # FLOPs in a µs
     rivals = {name: x for name, x in times.items() if name != "pywm"}
@@ -264,6 +268,7 @@ def main() -> int:
     )
     parser.add_argument("--size", choices=list(FORMS), default="size12m")
     parser.add_argument("--workload", choices=WORKLOADS, action="append", help="only this one; repeatable")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20.0, help="for each workload")
     parser.add_argument("--sheeprl", metavar="PATH", help="a folder with sheeprl")
@@ -275,11 +280,16 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     settle_allocator()
     sheeprl = find_sheeprl(options.sheeprl)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("rssm.py: --device is cuda, but torch sees no GPU", file=sys.stderr)
+        return 2
     about = {**machine(options.threads), **({} if sheeprl else {"sheeprl": version("sheeprl")})}
 
     form = FORMS[options.size]
     c = RSSMConfig(**MODELS[options.size], embed=form.embed, action=A)
-    d = Data(c, form)
+    d = Data(c, form).to(options.device)
+    if options.device == "cuda":
+        about |= {"gpu": torch.cuda.get_device_name(), "tf32": torch.backends.cuda.matmul.allow_tf32}
     assert_correct(Pywm(d, c, form))
     rows = []
     for workload in options.workload or WORKLOADS:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pywm.models import RSSM, RSSMConfig, RSSMState
 from pywm.ops import Layer, Policy, _native, reference_rssm
+from pywm.ops.cuda_graphs import record
 from pywm.training.machine import version
 
 A = 18  # actions
@@ -54,10 +55,17 @@ class Data:
         self.force_imagined = torch.randint(c.classes, (H, N, c.stoch), generator=g)
         self.force_action = one_hot(H, N, classes=A)
 
+    def to(self, device: str) -> Data:
+        """Move everything."""
+        for name, x in vars(self).items():
+            if isinstance(x, Tensor):
+                setattr(self, name, x.to(device))
+        return self
+
     def step(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return deter, stoch, action and embedding of n environments."""
         rows = (self.deter, self.stoch, self.action.flatten(0, 1), self.embed.flatten(0, 1))
-        return tuple(x[torch.arange(n) % len(x)] for x in rows)  # type: ignore[return-value]
+        return tuple(x[torch.arange(n, device=x.device) % len(x)] for x in rows)  # type: ignore[return-value]
 
 
 class LeftOutError(Exception):
@@ -82,7 +90,11 @@ class Side:
         self._imagine_step = self.wrap(self.imagine_step)
 
     def wrap(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(fn, dynamic=False) if self.compiled else fn
+        if not self.compiled:
+            return fn
+        # On a GPU with graphs of its own.
+        mode = "reduce-overhead" if self.d.deter.is_cuda else None
+        return torch.compile(fn, dynamic=False, mode=mode)
 
     def build(self) -> None:
         raise NotImplementedError
@@ -118,7 +130,8 @@ class Pywm(Side):
 
     def build(self) -> None:
         c, g = self.c, torch.Generator().manual_seed(1)
-        self.model = RSSM(c, generator=g)
+        device = self.d.deter.device
+        self.model = RSSM(c, generator=g).to(device)
         self.embed = self.d.embed.clone().requires_grad_()
         self.leaves = [self.embed, *self.model.parameters()]
         layers, width = [], c.feat
@@ -128,6 +141,7 @@ class Pywm(Side):
             layers.append(Layer(weight, torch.zeros(outputs), torch.ones(outputs), shift))
             width = outputs
         layers.append(Layer(torch.randn(A, width, generator=g) / width**0.5, torch.zeros(A)))
+        layers = [Layer(*(None if x is None else x.to(device) for x in layer)) for layer in layers]
         self.policy = Policy(tuple(layers), norm=c.norm, act=c.act, eps=c.eps)
 
     def observe(self, **options: Any) -> tuple[Tensor, ...]:
@@ -192,7 +206,7 @@ class CompiledReference(Pywm):
 
     def window(self, noise: Tensor) -> tuple[Tensor, ...]:
         d, rows = self.d, []
-        deter, stoch = (x.flatten(1) for x in self.model.initial(d.B))
+        deter, stoch = (x.flatten(1).to(d.deter.device) for x in self.model.initial(d.B))
         for t in range(d.T):
             args = d.action[t], self.embed[t], d.is_first[t], noise[t]
             deter, posterior, stoch = self._step(deter, stoch, *args)
@@ -201,20 +215,52 @@ class CompiledReference(Pywm):
         return deters, stochs, posteriors, reference_rssm.head(deters, self.params.prior, self.c)
 
     def observe(self) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return self._window(torch.rand(self.d.T, self.d.B, self.c.stoch))
+        return self._window(torch.rand(self.d.T, self.d.B, self.c.stoch, device=self.d.deter.device))
 
     imagine = Side.imagine  # type: ignore[assignment]
 
     def imagine_step(self, deter: Tensor, stoch: Tensor) -> tuple[Tensor, ...]:
-        noise, action_noise = torch.rand(self.d.N, self.c.stoch), torch.rand(self.d.N, 1)
+        device = deter.device
+        noise, action_noise = (torch.rand(self.d.N, width, device=device) for width in (self.c.stoch, 1))
         outputs = reference_rssm.head(torch.cat([deter, stoch], -1), self.policy.layers, self.policy)
         action = reference_rssm.act(self.policy, outputs, action_noise)
         deter, _, stoch, _ = reference_rssm.step(self.params, deter, stoch, action, None, None, noise, None)
         return deter, stoch, action
 
     def act_step(self, *args: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        noise = torch.rand(len(args[0]), self.c.stoch)
+        noise = torch.rand(len(args[0]), self.c.stoch, device=args[0].device)
         return reference_rssm.step(self.params, *args, None, noise, None)[:3:2]
+
+
+class GraphReference(CompiledReference):
+    """The definition in PyTorch, a whole call captured in a CUDA graph (windows and imagination without gradients)."""
+
+    def capture(self, call: Thunk) -> Thunk:
+        if not self.d.deter.is_cuda:
+            raise LeftOutError("a CUDA graph needs a GPU")
+        outputs, play = record(lambda: list(call()))  # type: ignore[call-overload]
+
+        def replay() -> list[Tensor]:
+            play()
+            return outputs
+
+        return replay
+
+    def observe(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise LeftOutError("a captured forward pass has no gradients")
+        if not hasattr(self, "replay"):
+            self.replay = self.capture(super().observe)
+        return self.replay()  # type: ignore[return-value]
+
+    def imagine(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        if not hasattr(self, "replay"):
+            self.replay = self.capture(super().imagine)
+        return self.replay()  # type: ignore[return-value]
+
+    def act(self, n: int) -> Thunk:
+        inputs = self.d.step(n)
+        return self.capture(lambda: self.act_step(*inputs))
 
 
 class TorchRL(Side):
@@ -222,6 +268,8 @@ class TorchRL(Side):
 
     def build(self) -> None:
         c, d = self.c, self.d
+        if d.deter.is_cuda:
+            raise LeftOutError("compared on the CPU only")
         if version("torchrl") is None:
             raise LeftOutError("not installed (pip install torchrl==0.14.1)")
         if c.cell != "block_gru":
@@ -278,6 +326,8 @@ class Sheeprl(Side):
 
     def build(self) -> None:
         d, c = self.d, self.c
+        if d.deter.is_cuda:
+            raise LeftOutError("compared on the CPU only")
         torch.distributions.Distribution.set_default_validate_args(False)  # as its configuration does
         self.make()
         self.dynamic = self.wrap(self.rssm.dynamic)

@@ -163,7 +163,8 @@ struct MlpBackwardArgs {
 };
 
 // Rows of D numbers, normalised (RMS, or LayerNorm with `layer`), scaled, shifted (shift may be null) and activated.
-// See pywm/ops/norm_act.py.
+// scale, shift [turns, D]: row m has number m % turns, so that layers side by side are one call. See
+// pywm/ops/norm_act.py.
 template <typename S>
 struct NormActArgs {
   const S *x, *scale, *shift;
@@ -172,6 +173,7 @@ struct NormActArgs {
   S eps;
   Activation activation;
   bool layer;
+  int64_t turns = 1;
 };
 
 template <typename S>
@@ -183,6 +185,7 @@ struct NormActBackwardArgs {
   S eps;
   Activation activation;
   bool layer;
+  int64_t turns = 1;  // only 1 where scale's or shift's gradient is wanted
 };
 
 // Gates of recurrent cells, M rows of D. See pywm/ops/gru_gates.py. gates [M, 3D]: reset, candidate, update. A block of
@@ -404,6 +407,31 @@ struct GaussianKlBackwardArgs {
   int64_t M, Z;
 };
 
+// What a step of a scan begins with, N rows: h [N, D] = deter, zeroed where is_first; u (rows `u_stride` apart) = add
+// [N, H] (rows `add_stride` apart, 0 for one row for all) + stoch_in's product with the sample before, also zeroed
+// there: the sum of the rows of `packed` [groups·classes, H] that index [N, groups] chooses, or stoch_proj [N, H]
+// where that is not null.
+template <typename S>
+struct RssmEnterArgs {
+  const S *deter, *add, *stoch_proj, *packed;
+  const uint8_t* index;
+  const bool* is_first;
+  S *h, *u;
+  int64_t N, D, H, groups, classes, add_stride, u_stride;
+};
+
+// What a step of the reverse scan begins with: grad_logits [N, groups, classes] = what comes from outside (or null) +
+// the straight-through gradient of the sample's, which is the sum of that from outside (or null) and that of the step
+// behind; grad_h [N, D] = likewise. The step behind sends nothing (null, or where its is_first is set).
+template <typename S>
+struct RssmLeaveArgs {
+  const S *logits, *outer_logits, *outer_stoch, *outer_deter, *carry_stoch, *carry_deter;
+  const bool* is_first_behind;
+  S *grad_logits, *grad_h;
+  int64_t N, D, groups, classes;
+  double unimix;
+};
+
 enum class RssmCell { kBlockGru, kLayerNormGru, kGru, kGruBlock };
 enum class Norm { kNone, kRms, kLayer };
 
@@ -599,6 +627,10 @@ void categorical_sample(const CategoricalSampleArgs<S>&);
 template <typename S>
 void categorical_sample_backward(const CategoricalSampleBackwardArgs<S>&);
 template <typename S>
+void rssm_enter(const RssmEnterArgs<S>&);
+template <typename S>
+void rssm_leave(const RssmLeaveArgs<S>&);
+template <typename S>
 void kl_balance(const KlBalanceArgs<S>&);
 template <typename S>
 void kl_balance_backward(const KlBalanceBackwardArgs<S>&);
@@ -647,6 +679,10 @@ template <typename S>
 void categorical_sample(const CategoricalSampleArgs<S>&, Stream);
 template <typename S>
 void categorical_sample_backward(const CategoricalSampleBackwardArgs<S>&, Stream);
+template <typename S>
+void rssm_enter(const RssmEnterArgs<S>&, Stream);
+template <typename S>
+void rssm_leave(const RssmLeaveArgs<S>&, Stream);
 template <typename S>
 void kl_balance(const KlBalanceArgs<S>&, Stream);
 template <typename S>

@@ -260,6 +260,47 @@ def ppo_loss_gaussian(
     direct: bool,
 ) -> Any: ...
 def register_result(name: str, type: type[Any]) -> None: ...
+def rows_block_gru_gates(gates: Any, deter: Any, y: Any) -> Any: ...
+def rows_block_gru_gates_backward(
+    grad: Any,
+    gates: Any,
+    deter: Any,
+    grad_gates: Any,
+    grad_deter: Any,
+) -> Any: ...
+def rows_categorical_sample(logits: Any, uniform: Any, unimix: Any, stoch: Any, index: Any) -> Any: ...
+def rows_layernorm_gru_gates(pre: Any, scale: Any, shift: Any, deter: Any, eps: Any, y: Any) -> Any: ...
+def rows_layernorm_gru_gates_backward(
+    grad: Any,
+    pre: Any,
+    scale: Any,
+    shift: Any,
+    deter: Any,
+    eps: Any,
+    grad_pre: Any,
+    grad_deter: Any,
+) -> Any: ...
+def rows_norm_act(x: Any, scale: Any, shift: Any, norm: Any, act: Any, eps: Any, y: Any) -> Any: ...
+def rows_norm_act_backward(
+    grad: Any,
+    x: Any,
+    scale: Any,
+    shift: Any,
+    norm: Any,
+    act: Any,
+    eps: Any,
+    grad_x: Any,
+) -> Any: ...
+def rssm_enter(
+    deter: Any,
+    add: Any,
+    stoch_proj: Any,
+    packed: Any,
+    index: Any,
+    is_first: Any,
+    h: Any,
+    u: Any,
+) -> Any: ...
 def rssm_imagine(
     form: Any,
     weights: Any,
@@ -275,6 +316,18 @@ def rssm_imagine(
     deter: Any,
     stoch: Any,
     index: Any,
+) -> Any: ...
+def rssm_leave(
+    logits: Any,
+    outer_logits: Any,
+    outer_stoch: Any,
+    outer_deter: Any,
+    carry_stoch: Any,
+    carry_deter: Any,
+    is_first_behind: Any,
+    unimix: Any,
+    grad_logits: Any,
+    grad_h: Any,
 ) -> Any: ...
 def rssm_observe(
     form: Any,

@@ -325,7 +325,8 @@ def wrong_dtype(case: Case, name: str, x: Tensor) -> bool:
 
 
 def _floats_left(case: Case) -> int:
-    return sum(t.is_floating_point() for t in case.sample.tensors.values() if isinstance(t, Tensor))
+    with torch._C.DisableTorchFunctionSubclass():  # some of them raise
+        return sum(t.is_floating_point() for t in case.sample.tensors.values() if isinstance(t, Tensor))
 
 
 def quantized(case: Case, name: str, x: Tensor) -> bool:

@@ -35,6 +35,7 @@ void define_gru_gates(py::module_& m);
 void define_one_hot_linear(py::module_& m);
 void define_adam_step(py::module_& m);
 void define_rssm(py::module_& m);
+void define_rssm_products(py::module_& m);
 void define_distributions(py::module_& m);
 
 // ---- torch, looked up once -----------------------------------------------------------------------------------------
@@ -138,6 +139,21 @@ class Call {
     }
     return plain(object, view);
   }
+  // Of any shape, which `view` tells.
+  const void* any_floats(py::handle object, View& view) {
+    if (!ok_ || !view_of(object, view) || !same_dtype(view) || !abi::same_device(view, first_)) return refuse();
+    return plain(object, view);
+  }
+  // [N, width], each row contiguous, `stride` numbers apart.
+  const void* float_rows(py::handle object, int64_t N, int64_t& width, int64_t& stride) {
+    View v;
+    if (!ok_ || !view_of(object, v) || !same_dtype(v) || !abi::same_device(v, first_) || v.ndim != 2 ||
+        v.shape[0] != N || v.shape[1] < 1 || (v.strides && v.shape[1] > 1 && v.strides[1] != 1))
+      return refuse();
+    width = v.shape[1];
+    stride = v.strides ? v.strides[0] : width;
+    return stride >= width || N == 1 ? data(v) : refuse();
+  }
   const void* optional_floats(py::handle object) { return object.is_none() ? nullptr : floats(object); }
 
   // [N] beside [T, N]
@@ -154,6 +170,14 @@ class Call {
   }
   const uint8_t* mask(py::handle object) { return mask(object, first_, first_.ndim); }
   const uint8_t* optional_mask(py::handle object) { return object.is_none() ? nullptr : mask(object); }
+
+  // bool [N]
+  const uint8_t* mask_of(py::handle object, int64_t N, View& view) {
+    if (!ok_ || !view_of(object, view) || !abi::is_type<uint8_t>(view) || !abi::same_device(view, first_) ||
+        view.ndim != 1 || view.shape[0] != N || !abi::is_contiguous(view))
+      return refuse();
+    return static_cast<const uint8_t*>(data(view));
+  }
 
   // Bytes of any shape, which `view` tells.
   const uint8_t* bytes(py::handle object, View& view) {

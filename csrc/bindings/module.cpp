@@ -84,5 +84,6 @@ PYBIND11_MODULE(_C, m) {
   define_one_hot_linear(m);
   define_adam_step(m);
   define_rssm(m);
+  define_rssm_products(m);
   define_distributions(m);
 }

@@ -514,6 +514,14 @@ void categorical_sample_backward(const CategoricalSampleBackwardArgs<S>& a) {
   over_range(of<S>(kernels()).categorical_sample_backward, a, a.M, 1, a.M * a.K * kWorkPerExp);
 }
 template <typename S>
+void rssm_enter(const RssmEnterArgs<S>& a) {
+  over_range(of<S>(kernels()).rssm_enter, a, a.N, 1, a.N * (a.D + a.groups * a.H));
+}
+template <typename S>
+void rssm_leave(const RssmLeaveArgs<S>& a) {
+  over_range(of<S>(kernels()).rssm_leave, a, a.N, 1, a.N * (a.D + a.groups * a.classes * kWorkPerExp));
+}
+template <typename S>
 void kl_balance(const KlBalanceArgs<S>& a) {
   over_range(of<S>(kernels()).kl_balance, a, a.M, 1, 2 * a.M * a.G * a.K * kWorkPerExp);
 }
@@ -594,6 +602,8 @@ void gaussian_kl_backward(const GaussianKlBackwardArgs<S>& a) {
   template void philox(const PhiloxArgs<S>&);                                             \
   template void categorical_sample(const CategoricalSampleArgs<S>&);                      \
   template void categorical_sample_backward(const CategoricalSampleBackwardArgs<S>&);     \
+  template void rssm_enter(const RssmEnterArgs<S>&);                                      \
+  template void rssm_leave(const RssmLeaveArgs<S>&);                                      \
   template void kl_balance(const KlBalanceArgs<S>&);                                      \
   template void kl_balance_backward(const KlBalanceBackwardArgs<S>&);                     \
   template void symexp_twohot_loss(const SymexpTwohotLossArgs<S>&);                       \

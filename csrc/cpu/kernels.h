@@ -87,6 +87,8 @@ struct KernelsOf {
   void (*philox)(const PhiloxArgs<S>&, int64_t begin, int64_t end);
   void (*categorical_sample)(const CategoricalSampleArgs<S>&, int64_t begin, int64_t end);
   void (*categorical_sample_backward)(const CategoricalSampleBackwardArgs<S>&, int64_t begin, int64_t end);
+  void (*rssm_enter)(const RssmEnterArgs<S>&, int64_t begin, int64_t end);
+  void (*rssm_leave)(const RssmLeaveArgs<S>&, int64_t begin, int64_t end);
   void (*kl_balance)(const KlBalanceArgs<S>&, int64_t begin, int64_t end);
   void (*kl_balance_backward)(const KlBalanceBackwardArgs<S>&, int64_t begin, int64_t end);
   void (*symexp_twohot_loss)(const SymexpTwohotLossArgs<S>&, int64_t begin, int64_t end);

@@ -27,9 +27,9 @@ inline S affine(const S* scale, const S* shift, int64_t i, S hat) {
 template <typename S, typename F, bool kShifted>
 void forward_rows(const NormActArgs<S>& a, int64_t begin, int64_t end) {
   const int64_t D = a.D;
-  const S *scale = a.scale, *shift = a.shift;
   for (int64_t m = begin; m < end; ++m) {
     const S* x = a.x + m * D;
+    const S *scale = a.scale + m % a.turns * D, *shift = kShifted ? a.shift + m % a.turns * D : nullptr;
     S* y = a.y + m * D;
     const math::NormRow<S> row = norm_row(x, D, a.layer, a.eps);
 #pragma GCC ivdep
@@ -40,9 +40,9 @@ void forward_rows(const NormActArgs<S>& a, int64_t begin, int64_t end) {
 template <typename S, typename F, bool kShifted>
 void backward_rows(const NormActBackwardArgs<S>& a, int64_t begin, int64_t end, S* partial) {
   const int64_t D = a.D;
-  const S *scale = a.scale, *shift = a.shift;
   NormSums<S> sums(partial, D);
   for (int64_t m = begin; m < end; ++m) {
+    const S *scale = a.scale + m % a.turns * D, *shift = kShifted ? a.shift + m % a.turns * D : nullptr;
     const S *x = a.x + m * D, *grad = a.grad + m * D;
     S* q = a.grad_x ? a.grad_x + m * D : sums.row;  // the gradient of the activation's input
     const math::NormRow<S> row = norm_row(x, D, a.layer, a.eps);

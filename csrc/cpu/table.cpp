@@ -21,6 +21,7 @@ void fill_rssm_observe(Kernels&);
 void fill_rssm_imagine(Kernels&);
 void fill_philox(Kernels&);
 void fill_categorical_sample(Kernels&);
+void fill_rssm_step(Kernels&);
 void fill_kl_balance(Kernels&);
 void fill_symexp_twohot(Kernels&);
 void fill_gaussian(Kernels&);
@@ -43,6 +44,7 @@ const Kernels& table() {
     fill_rssm_imagine(kernels);
     fill_philox(kernels);
     fill_categorical_sample(kernels);
+    fill_rssm_step(kernels);
     fill_kl_balance(kernels);
     fill_symexp_twohot(kernels);
     fill_gaussian(kernels);

@@ -1,7 +1,7 @@
 // Normalisation with an activation on CUDA. See pywm/ops/norm_act.py.
 //
 // What      y = f(scale·x̂ + shift); backward, the gradients of x, scale and shift.
-// Layout    M rows of D, contiguous; scale, shift [D].
+// Layout    M rows of D, contiguous; scale, shift [turns, D], row m's at m % turns.
 // Mapping   A warp a row below kWideRow numbers, a block from there on. Backward, every such team of threads adds up
 // the
 //           gradients of scale and shift over its rows, in its part of `partial`, a thread its own columns; a second
@@ -60,9 +60,10 @@ __global__ void __launch_bounds__(kRowThreads, 4) norm_act_kernel(NormActArgs<S>
   for (int64_t m = first_row<kTeam>(); m < a.M; m += row_step<kTeam>()) {
     const S* x = a.x + m * a.D;
     S* y = a.y + m * a.D;
+    const int64_t turn = m % a.turns * a.D;
     const math::NormRow<S> row = norm_row<kTeam>(x, a.D, a.layer, a.eps);
     for (int64_t i = lane; i < a.D; i += kTeam)
-      y[i] = activate(a.activation, affine(a.scale, a.shift, i, math::norm_hat(x[i], row)));
+      y[i] = activate(a.activation, affine(a.scale, a.shift, turn + i, math::norm_hat(x[i], row)));
   }
 }
 
@@ -74,13 +75,14 @@ __global__ void __launch_bounds__(kRowThreads, 4) norm_act_backward_kernel(NormA
   for (int64_t i = lane; i < (sums ? D : 0); i += kTeam) sums[i] = sums[D + i] = S(0);
   for (int64_t m = first_row<kTeam>(); m < a.M; m += row_step<kTeam>()) {
     const S *x = a.x + m * D, *grad = a.grad + m * D;
+    const int64_t turn = m % a.turns * D;
     const math::NormRow<S> row = norm_row<kTeam>(x, D, a.layer, a.eps);
     const auto grad_affine = [&](int64_t i, S hat) {
-      return activate_grad(a.activation, grad[i], affine(a.scale, a.shift, i, hat));
+      return activate_grad(a.activation, grad[i], affine(a.scale, a.shift, turn + i, hat));
     };
     S means[2] = {S(0), S(0)};
     for (int64_t i = lane; i < D; i += kTeam) {
-      const S hat = math::norm_hat(x[i], row), q = grad_affine(i, hat), d = a.scale[i] * q;
+      const S hat = math::norm_hat(x[i], row), q = grad_affine(i, hat), d = a.scale[turn + i] * q;
       means[0] += d;
       means[1] += d * hat;
       if (sums) {
@@ -93,7 +95,8 @@ __global__ void __launch_bounds__(kRowThreads, 4) norm_act_backward_kernel(NormA
     const S mean_d = a.layer ? means[0] / S(D) : S(0), mean_d_hat = means[1] / S(D);
     for (int64_t i = lane; i < D; i += kTeam) {
       const S hat = math::norm_hat(x[i], row);
-      a.grad_x[m * D + i] = math::norm_grad(a.scale[i] * grad_affine(i, hat), hat, mean_d, mean_d_hat, row.inverse_std);
+      a.grad_x[m * D + i] =
+          math::norm_grad(a.scale[turn + i] * grad_affine(i, hat), hat, mean_d, mean_d_hat, row.inverse_std);
     }
   }
 }

@@ -222,7 +222,17 @@ def _of_device(device: str) -> Backend:
     if not torch.cuda.is_available():
         return Backend("reference", f"CUDA kernels are built, but torch sees no GPU ({_C.cuda_status()})")
     missing = _missing_architecture(_C.cuda_reason, torch.cuda.get_device_capability())
-    return Backend("none", missing) if missing else Backend("cuda", f"compiled kernels, {_C.cuda_reason}")
+    return (
+        Backend("none", missing)
+        if missing
+        else Backend("cuda", f"compiled kernels, {_C.cuda_reason}; {_scans()}")
+    )
+
+
+def _scans() -> str:
+    from pywm.ops.cuda_graphs import graphs  # above this module
+
+    return f"scans launch by launch ({graphs.why_not})" if graphs.why_not else "scans recorded as CUDA graphs"
 
 
 def _missing_architecture(built: str, capability: tuple[int, int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pywm.ops import _check, _native, reference_rssm, rssm
+from pywm.ops import _check, _native, _rssm_check, reference_rssm, rssm_products, rssm_scan
 from pywm.ops._registry import is_traced, is_transformed, plain, plain_optional, served
-from pywm.ops.rssm_params import NORMS, POLICIES, Gaussian, Policy, RSSMParams, RSSMState
+from pywm.ops.cuda_graphs import graphs
+from pywm.ops.rssm_params import NORMS, POLICIES, Gaussian, Layer, Policy, RSSMParams, RSSMState
 
 __all__ = ["Imagined", "imagine"]
 
@@ -26,7 +28,8 @@ class Imagined(NamedTuple):
         action: ``[H, N, A]``; row t is taken in state t.
         prior: logits ``[H, N, S, K]`` of what row t + 1 was drawn from, or a :class:`Gaussian`.
         policy: ``[H, N, outputs]`` of the policy network, or None if it is a function.
-        path: ``"kernel"`` if one compiled call did it all, ``"steps"`` if PyTorch went step by step.
+        path: ``"kernel"`` if one compiled call did it all, ``"products"`` if torch's products and row kernels did (CUDA, in
+            one recorded graph from the third call on), ``"steps"`` if PyTorch went step by step.
     """
 
     deter: Tensor
@@ -87,10 +90,10 @@ def imagine(
         Hafner et al. (2020), (2021), (2023).
     """
     function = "imagine"
-    c = rssm._params(function, params)
+    c = _rssm_check.model(function, params)
     if not isinstance(state, tuple) or len(state) != 2:
         raise TypeError(f"{function}: state is a {type(state).__name__}, but an RSSMState was expected")
-    if full := rssm._full_precision(params, *state, noise, action_noise, force_action):
+    if full := _rssm_check.full_precision(params, *state, noise, action_noise, force_action):
         deter, stoch, noise, action_noise, force_action = full
         options: dict[str, Any] = {
             "noise": noise,
@@ -116,17 +119,19 @@ def imagine(
         raise TypeError(
             f"{function}: policy is a {type(policy).__name__}, but a Policy or a function was expected"
         )
-    deter, stoch = rssm._state(function, params, state, N, first)
-    force = rssm._force(function, force_stoch, (horizon, N, c.stoch), c, first)
+    deter, stoch = _rssm_check.state(function, params, state, N, first)
+    force = _rssm_check.force(function, force_stoch, (horizon, N, c.stoch), c, first)
     shape: tuple[int, ...] = (horizon, N, c.stoch)
-    noise = rssm._noise(function, noise, seed, offset, shape, c, first, needed=force is None)
+    noise = _rssm_check.noise(function, noise, seed, offset, shape, c, first, needed=force is None)
     if force_action is not None:
-        force_action = rssm._float(function, "force_action", force_action, (horizon, N, c.action), first)
+        force_action = _rssm_check.floats(
+            function, "force_action", force_action, (horizon, N, c.action), first
+        )
     if network is not None:
         _check_policy(function, network, params, first)
         shape = (horizon, N, network.noise)
         normal = network.kind != "categorical"
-        action_noise = rssm._draw(
+        action_noise = _rssm_check.draw(
             function,
             "action_noise",
             action_noise,
@@ -152,7 +157,7 @@ def imagine(
         index = torch.stack([_classes(start), *indices])  # type: ignore[list-item]
     return Imagined(
         torch.stack([deter, *deters]),
-        rssm._shaped(torch.stack([stoch, *stochs]), c),
+        _rssm_check.shaped(torch.stack([stoch, *stochs]), c),
         index,
         torch.stack(actions),
         reference_rssm.distribution(torch.stack(priors), c),
@@ -189,7 +194,7 @@ def _tensors(params: RSSMParams, policy: Policy) -> list[Tensor]:
 def _is_served(
     params: RSSMParams, policy: Policy, deter: Tensor, stoch: Tensor, action: Tensor | None
 ) -> bool:
-    if not _native.supports(deter) or deter.device.type != "cpu" or deter.shape[0] == 0:
+    if not rssm_scan.is_served(deter, params.config) or deter.shape[0] == 0:
         return False
     if torch.compiler.is_compiling() or is_transformed():
         return False
@@ -222,11 +227,25 @@ def _kernel(
 ) -> Imagined:
     c = params.config
     N, D, Z = deter.shape[0], c.deter, c.stoch_width
-    tensors, present = rssm._flat(params)
-    scan = rssm._Scan.of(c, present)
+    tensors, present = rssm_scan.flat(params)
+    scan = rssm_scan.Scan.of(c, present)
     layers = scan.layers([plain(x.detach()) for x in tensors])
     prior = _plain_layers(params.prior)
     network = _plain_layers(policy.layers)
+    if rssm_scan.by_products(deter):
+        index0 = given if given.dtype == torch.uint8 else _classes(stoch.unflatten(-1, (c.stoch, c.classes)))
+        inputs = (deter, stoch, index0, noise, action_noise, force, force_action)
+        own = [Layer(*layer) for layer in prior], policy, [Layer(*layer) for layer in network]
+        options = policy.kind, policy.groups, policy.norm, policy.act, policy.eps, policy.unimix
+        deters, stochs, classes, action, stats, outputs = graphs.run(
+            "imagine",
+            (*scan.sizes, *scan.numbers, *options, policy.min_std, policy.max_std, horizon, c.action),
+            functools.partial(rssm_products.imagine, c, layers, *own, horizon),
+            [x for layer in (*layers.values(), *prior, *network) for x in layer if x is not None],
+            [plain_optional(x) for x in inputs],
+        )
+        shown = reference_rssm.distribution(stats, c)
+        return Imagined(deters, _rssm_check.shaped(stochs, c), classes, action, shown, outputs, "products")
     deters = deter.new_empty(horizon + 1, N, D)
     stochs = deter.new_empty(horizon + 1, N, Z)
     deters[0].copy_(deter)
@@ -254,7 +273,7 @@ def _kernel(
     )
     result = _native.module().rssm_imagine(
         scan.form(),
-        rssm._kernel_layers(layers),
+        rssm_scan.kernel_layers(layers),
         None if action_in is None else (tuple(action_in),),
         prior,
         form,
@@ -270,7 +289,7 @@ def _kernel(
     )
     action, stats, outputs = served(result, "imagine")
     shown = reference_rssm.distribution(stats, c)
-    return Imagined(deters, rssm._shaped(stochs, c), index, action, shown, outputs, "kernel")
+    return Imagined(deters, _rssm_check.shaped(stochs, c), index, action, shown, outputs, "kernel")
 
 
 def _plain_layers(layers: Any) -> tuple[Any, ...]:

@@ -23,6 +23,7 @@ SOURCES = [
     CSRC / "cuda" / "philox.cu",
     CSRC / "cuda" / "categorical_sample.cu",
     CSRC / "cuda" / "kl_balance.cu",
+    CSRC / "cuda" / "rssm_step.cu",
     CSRC / "cuda" / "symexp_twohot.cu",
     CSRC / "cuda" / "gaussian.cu",
     HERE / "launchers.cu",

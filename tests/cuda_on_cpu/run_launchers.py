@@ -34,8 +34,8 @@ STRUCTS = {
     "*grad_reward *grad_discount *grad_bootstrap T N",
     "ppo_loss_categorical": _PPO + "*logits *action *nvec *grad_logits G width",
     "ppo_loss_gaussian": _PPO + "*mean *log_std *action *grad_mean *grad_log_std A log_std_rows",
-    "norm_act": "*x *scale *shift *y M D eps activation layer",
-    "norm_act_backward": "*grad *x *scale *shift *grad_x *grad_scale *grad_shift *partial M D eps activation layer",
+    "norm_act": "*x *scale *shift *y M D eps activation layer turns",
+    "norm_act_backward": "*grad *x *scale *shift *grad_x *grad_scale *grad_shift *partial M D eps activation layer turns",
     "block_gru_gates": "*gates *deter *y M D",
     "block_gru_gates_backward": "*grad *gates *deter *grad_gates *grad_deter M D",
     "layernorm_gru_gates": "*pre *scale *shift *deter *y M D eps",
@@ -52,6 +52,9 @@ STRUCTS = {
     "philox": "*out T N slots seed offset stream normal",
     "categorical_sample": "*logits *uniform *stoch *index M K unimix",
     "categorical_sample_backward": "*grad *logits *grad_logits M K unimix",
+    "rssm_enter": "*deter *add *stoch_proj *packed *index *is_first *h *u N D H groups classes add_stride u_stride",
+    "rssm_leave": "*logits *outer_logits *outer_stoch *outer_deter *carry_stoch *carry_deter *is_first_behind "
+    "*grad_logits *grad_h N D groups classes unimix",
     "kl_balance": "*posterior *prior *dynamics *representation *kl M G K unimix free_nats",
     "kl_balance_backward": "*grad_dynamics *grad_representation *posterior *prior *kl *grad_posterior *grad_prior "
     "M G K unimix free_nats",
@@ -66,7 +69,8 @@ STRUCTS = {
     "*grad_mean_q *grad_std_q *grad_mean_p *grad_std_p M Z",
 }
 _SIZES = {"T", "N", "M", "G", "K", "B", "Z", "P", "D", "U", "A"}
-_SIZES |= {"width", "log_std_rows", "slots", "offset", "stream", "groups", "classes"}
+_SIZES |= {"width", "log_std_rows", "slots", "offset", "stream", "groups", "classes", "turns"}
+_SIZES |= {"H", "add_stride", "u_stride"}
 _DOUBLES = {"clip", "value_clip", "value_coef", "entropy_coef", "unimix", "free_nats"}
 _FLAGS = {"normalize_advantage", "layer", "normal", "sigmoid2"}
 _POISON = 0xFF  # as a float: NaN

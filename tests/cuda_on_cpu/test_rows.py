@@ -32,6 +32,7 @@ class Setting:
         shifted: whether norm_act has a shift, or the linear layer a bias.
         groups: of the one-hot vectors.
         classes: of each of them.
+        turns: of norm_act: rows of scale and shift, taken in turn.
     """
 
     op: str
@@ -42,12 +43,14 @@ class Setting:
     shifted: bool = False
     groups: int = 0
     classes: int = 0
+    turns: int = 1
 
     def __str__(self) -> str:
         """Return a short name for the test's id."""
         parts = [self.op, f"{self.rows}x{self.width}"]
         if self.op == "norm_act":
             parts += [self.norm, self.act, *(["shift"] if self.shifted else [])]
+            parts += [f"{self.turns} turns"] if self.turns > 1 else []
         if self.groups:
             parts += [f"{self.groups}x{self.classes}", *(["bias"] if self.shifted else [])]
         return "-".join(parts)
@@ -60,6 +63,8 @@ SETTINGS = [
     *(Setting("norm_act", *shape) for shape in SHAPES),
     *(Setting("norm_act", *shape, norm="layer", act="elu", shifted=True) for shape in SHAPES[1:]),
     *(Setting("norm_act", 9, 33, norm="layer", act=act) for act in ACTIVATIONS),
+    *(Setting("norm_act", 6, width, norm="layer", shifted=True, turns=3) for width in (5, 260)),
+    Setting("norm_act", 4, 40, turns=2),
     *(Setting(op, *shape) for op in GATES for shape in SHAPES),
     Setting("one_hot_linear", 1, 1, groups=1, classes=1),
     Setting("one_hot_linear", 3, 40, groups=2, classes=5, shifted=True),
@@ -97,8 +102,9 @@ class Case:
 def _inputs(s: Setting, g: np.random.Generator) -> dict[str, np.ndarray]:
     M, D = s.rows, s.width
     if s.op == "norm_act":
-        arrays = {"x": 0.3 + g.standard_normal((M, D)), "scale": g.standard_normal(D)}
-        return arrays | ({"shift": g.standard_normal(D)} if s.shifted else {})
+        row = (s.turns, D) if s.turns > 1 else (D,)
+        arrays = {"x": 0.3 + g.standard_normal((M, D)), "scale": g.standard_normal(row)}
+        return arrays | ({"shift": g.standard_normal(row)} if s.shifted else {})
     if s.op == "one_hot_linear":
         arrays = {"weight": g.standard_normal((D, s.groups * s.classes))}
         arrays["index"] = g.integers(0, min(s.classes, 256), (M, s.groups)).astype(np.uint8)
@@ -118,7 +124,21 @@ def _inputs(s: Setting, g: np.random.Generator) -> dict[str, np.ndarray]:
 
 def _reference(s: Setting, tensors: dict[str, torch.Tensor], eps: float) -> torch.Tensor:
     if s.op == "norm_act":
-        return reference.norm_act(tensors["x"], tensors["scale"], tensors.get("shift"), s.norm, s.act, eps)
+        scale, shift = tensors["scale"], tensors.get("shift")
+        if s.turns > 1:
+            y = [
+                reference.norm_act(
+                    tensors["x"][i :: s.turns],
+                    scale[i],
+                    None if shift is None else shift[i],
+                    s.norm,
+                    s.act,
+                    eps,
+                )
+                for i in range(s.turns)
+            ]
+            return torch.stack(y, 1).flatten(0, 1)
+        return reference.norm_act(tensors["x"], scale, shift, s.norm, s.act, eps)
     if s.op == "one_hot_linear":
         return reference.one_hot_linear(tensors["index"], tensors["weight"], tensors.get("bias"))
     options: dict[str, Any] = {"block_gru_gates": {"blocks": 1}, "layernorm_gru_gates": {"eps": eps}}.get(
@@ -141,14 +161,19 @@ def build_case(s: Setting, dtype: str) -> Case:
     leaves = {k: x for k, x in tensors.items() if x.requires_grad}
     gradients = torch.autograd.grad(y, list(leaves.values()), torch.from_numpy(grad).double())
     expected = {"y": y.detach().numpy()}
-    expected |= {f"grad_{k}": x.numpy() for k, x in zip(leaves, gradients, strict=True)}
+    expected |= {
+        f"grad_{k}": x.numpy()
+        for k, x in zip(leaves, gradients, strict=True)
+        if s.turns == 1 or k == "x"  # the sums are of one layer
+    }
     numbers: dict[str, Any] = {"M": s.rows, "D": s.width}
     columns = None
     if s.op == "one_hot_linear":
         numbers = {"M": s.rows, "U": s.width, "groups": s.groups, "classes": s.classes}
     if s.op == "norm_act":
         numbers |= {"eps": eps, "activation": ACTIVATIONS.index(s.act), "layer": s.norm == "layer"}
-        columns = s.width
+        numbers |= {"turns": s.turns}
+        columns = s.width if s.turns == 1 else None
     if s.op == "layernorm_gru_gates":
         numbers |= {"eps": eps}
         columns = 3 * s.width

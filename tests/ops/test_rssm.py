@@ -445,8 +445,8 @@ def test_compiles_in_one_graph():
 def test_opcheck(cell, classes):
     model = make(cell, classes, deter=8, hidden=4, stoch=2, embed=3)
     inputs = window(model, 2, 2)
-    tensors, present = pywm.ops.rssm._flat(model.params())
-    scan = pywm.ops.rssm._Scan.of(model.config, present)
+    tensors, present = pywm.ops.rssm_scan.flat(model.params())
+    scan = pywm.ops.rssm_scan.Scan.of(model.config, present)
     state = RSSMState(
         inputs["state"].deter.requires_grad_(), inputs["state"].stoch.flatten(1).requires_grad_()
     )
