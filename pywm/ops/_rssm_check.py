@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,13 +11,124 @@ from torch.nn import functional
 
 from pywm.ops import _check
 from pywm.ops.philox import philox_normal, philox_uniform
-from pywm.ops.rssm_params import RSSMConfig, RSSMParams
+from pywm.ops.rssm_params import Layer, RSSMConfig, RSSMParams
 
 
 def model(function: str, params: object) -> RSSMConfig:
     if not isinstance(params, RSSMParams):
         raise TypeError(f"{function}: params is a {type(params).__name__}, but RSSMParams were expected")
     return params.config
+
+
+class Expected(NamedTuple):
+    """A layer as a configuration wants it, with its name in messages; a bias may be missing unless ``biased``."""
+
+    name: str
+    weight: tuple[int, ...]
+    norm: str
+    biased: bool = False
+
+
+@functools.lru_cache(maxsize=64)
+def _expected(
+    c: RSSMConfig,
+) -> tuple[tuple[Expected | None, ...], tuple[Expected, ...], tuple[Expected, ...]]:
+    """The layers of the cell, of the prior and of the posterior; None where the cell has none."""
+    D, H, Z, A, G = c.deter, c.hidden, c.stoch_width, c.action, c.blocks
+    block = c.cell == "block_gru"
+    gates = {
+        "block_gru": Expected("params.gates", (G, 3 * D // G, D // G), "none", True),
+        "layernorm_gru": Expected("params.gates", (3 * D, H + D), "layer"),
+        "gru": Expected("params.gates", (3 * D, H), "none"),
+        "gru_block": Expected("params.gates", (2 * D, H + D), "none"),
+    }[c.cell]
+    candidate = {"gru": (3 * D, D), "gru_block": (D, H + D)}.get(c.cell)
+    cell = (
+        Expected("params.deter_in", (H, D), c.norm) if block else None,
+        Expected("params.stoch_in", (H, Z if block else Z + A), c.norm),
+        Expected("params.action_in", (H, A), c.norm) if block else None,
+        Expected("params.hidden", (G, D // G, D // G + 3 * H), c.norm) if block else None,
+        gates,
+        Expected("params.candidate", candidate, "none") if candidate else None,
+    )
+    widths = [D] + [H] * c.prior_layers
+    prior = [Expected(f"params.prior[{i}]", (H, width), c.norm) for i, width in enumerate(widths[:-1])]
+    prior.append(Expected(f"params.prior[{c.prior_layers}]", (c.stats_width, H), "none"))
+    posterior = (
+        Expected("params.posterior[0]", (H, D + c.embed), c.norm),
+        Expected("params.posterior[1]", (c.stats_width, H), "none"),
+    )
+    return cell, tuple(prior), posterior
+
+
+def parameters(function: str, params: RSSMParams, first: Tensor) -> None:
+    """Check all tensors of a model against its configuration, and against the dtype and device of the first argument."""
+    if torch.compiler.is_compiling():
+        return  # torch.compile checks the products' shapes itself, and does not trace what is cached
+    cell, prior, posterior = _expected(params.config)
+    for wanted, layer in zip(cell, params[1:7], strict=True):
+        if wanted is not None:
+            one_layer(function, wanted, layer, first)
+        elif layer is not None:
+            names = ", ".join(e.name.removeprefix("params.") for e in cell if e is not None)
+            raise ValueError(
+                f"{function}: params has other layers than {names}, which a {params.config.cell} has"
+            )
+    for name, all_wanted in (("prior", prior), ("posterior", posterior)):
+        layers = getattr(params, name)
+        if not isinstance(layers, tuple | list) or len(layers) != len(all_wanted):
+            count = len(layers) if isinstance(layers, tuple | list) else f"a {type(layers).__name__}"
+            raise ValueError(
+                f"{function}: params.{name} is {count}, but {len(all_wanted)} layers were expected"
+            )
+        for wanted, layer in zip(all_wanted, layers, strict=True):
+            one_layer(function, wanted, layer, first)
+
+
+def one_layer(function: str, wanted: Expected, layer: object, first: Tensor) -> None:
+    """Check a layer's tensors."""
+    if type(layer) is Layer:  # nothing to say, in most calls
+        weight, bias, scale, shift = layer
+        shape, norm = wanted.weight, wanted.norm
+        if (
+            _fits(weight, shape, first)
+            and (_fits(bias, (_outputs(shape),), first) if bias is not None else not wanted.biased)
+            and (scale is None if norm == "none" else _fits(scale, (_outputs(shape),), first))
+            and (_fits(shift, (_outputs(shape),), first) if norm == "layer" else shift is None)
+        ):
+            return
+    name = wanted.name
+    if not isinstance(layer, tuple) or len(layer) != 4:
+        raise TypeError(f"{function}: {name} is a {type(layer).__name__}, but a Layer was expected")
+    outputs = (_outputs(wanted.weight),)
+    has_scale, has_shift = wanted.norm != "none", wanted.norm == "layer"
+    parts = {"weight": (wanted.weight, True), "bias": (outputs, wanted.biased)}
+    parts |= {"scale": (outputs, has_scale), "shift": (outputs, has_shift)}
+    for (part, (shape, needed)), x in zip(parts.items(), layer, strict=True):
+        if x is None and not needed:
+            continue
+        if x is not None and not needed and part != "bias":
+            raise ValueError(
+                f"{function}: {name}.{part} is a tensor, but None was expected, as its norm is {wanted.norm}"
+            )
+        x = _check.tensor(function, f"{name}.{part}", x)
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{function}: {name}.{part} is {tuple(x.shape)}, but {shape} was expected")
+        _check.like(function, f"{name}.{part}", x, "the first tensor", first)
+
+
+def _outputs(weight: tuple[int, ...]) -> int:
+    return weight[0] if len(weight) == 2 else weight[0] * weight[1]
+
+
+def _fits(x: object, shape: tuple[int, ...], first: Tensor) -> bool:
+    return (
+        (type(x) is torch.nn.Parameter or type(x) is Tensor)
+        and x.shape == shape
+        and x.dtype == first.dtype
+        and x.device == first.device
+        and x.layout == torch.strided
+    )
 
 
 def floats(function: str, name: str, x: object, shape: tuple[int, ...], first: Tensor) -> Tensor:

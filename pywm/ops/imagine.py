@@ -109,6 +109,7 @@ def imagine(
         raise ValueError(
             f"{function}: state.deter is {tuple(first.shape)}, but [N, D] = [N, {c.deter}] was expected"
         )
+    _rssm_check.parameters(function, params, first)
     N = first.shape[0]
     if isinstance(horizon, bool) or not isinstance(horizon, int):
         raise TypeError(f"{function}: horizon is a {type(horizon).__name__}, but an int was expected")
@@ -176,14 +177,14 @@ def _check_policy(function: str, policy: Policy, params: RSSMParams, first: Tens
         raise ValueError(
             f"{function}: the policy's actions are {policy.action} wide, but {c.action} were expected"
         )
-    width = c.feat
+    width, last = c.feat, len(policy.layers) - 1
     for i, layer in enumerate(policy.layers):
-        name = f"policy.layers[{i}].weight"
-        weight = _check.tensor(function, name, layer.weight)
-        if weight.ndim != 2 or weight.shape[1] != width:
-            raise ValueError(f"{function}: {name} is {tuple(weight.shape)}, but [out, {width}] was expected")
-        _check.like(function, name, weight, "state.deter", first)
-        width = weight.shape[0]
+        name = f"policy.layers[{i}]"
+        weight = layer.weight if isinstance(layer, Layer) else None
+        outputs = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else 0
+        norm = "none" if i == last else policy.norm
+        _rssm_check.one_layer(function, _rssm_check.Expected(name, (outputs, width), norm), layer, first)
+        width = outputs
 
 
 def _tensors(params: RSSMParams, policy: Policy) -> list[Tensor]:

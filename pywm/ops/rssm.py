@@ -130,6 +130,7 @@ def rssm_step(
         raise ValueError(
             f"{function}: prev_action is {tuple(first.shape)}, but [N, A] = [N, {c.action}] was expected"
         )
+    _rssm_check.parameters(function, params, first)
     N = first.shape[0]
     deter, stoch = _rssm_check.state(function, params, state, N, first)
     if embed is not None:
@@ -200,6 +201,7 @@ def rssm_observe(
         raise ValueError(
             f"{function}: embed is {tuple(first.shape)}, but [T, N, E] = [T, N, {c.embed}] with T >= 1 was expected"
         )
+    _rssm_check.parameters(function, params, first)
     T, N, _ = first.shape
     prev_action = _rssm_check.floats(function, "prev_action", prev_action, (T, N, c.action), first)
     reset = _rssm_check.mask(function, "is_first", is_first, (T, N), first)

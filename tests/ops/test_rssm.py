@@ -625,3 +625,60 @@ def test_bad_configurations_are_named(change, match):
 
 def test_public_names():
     assert {"rssm_step", "rssm_observe", "imagine"} <= set(pywm.__all__)
+
+
+def _layers_changed(p):
+    """Ways to spoil a model's parameters, and what must be said."""
+    gates, hidden = p.gates, p.hidden
+    narrow = p.prior[0]._replace(weight=p.prior[0].weight[:, :3])
+    return [
+        ({"gates": gates._replace(weight=gates.weight[:, :, :-1])}, ValueError, r"params.gates.weight is \(4, 18, 5\)"),
+        ({"gates": gates._replace(weight=torch.zeros(4, 18, 50))}, ValueError, r"params.gates.weight is \(4, 18, 50\)"),
+        ({"gates": gates._replace(weight=gates.weight.float())}, TypeError, "params.gates.weight is torch.float32"),
+        ({"gates": gates._replace(weight=gates.weight.to("meta"))}, TypeError, "params.gates.weight is on the meta device"),
+        ({"gates": gates._replace(weight=gates.weight.detach().to_sparse())}, TypeError, "params.gates.weight is torch.s"),
+        ({"gates": gates._replace(weight=None)}, TypeError, "params.gates.weight is a NoneType"),
+        ({"gates": gates._replace(bias=None)}, TypeError, "params.gates.bias is a NoneType"),
+        ({"gates": gates._replace(bias=gates.bias[:3])}, ValueError, r"params.gates.bias is \(3,\), but \(72,\)"),
+        ({"gates": None}, TypeError, "params.gates is a NoneType, but a Layer was expected"),
+        ({"gates": "layer"}, TypeError, "params.gates is a str, but a Layer was expected"),
+        ({"gates": (gates.weight,)}, TypeError, "params.gates is a tuple, but a Layer was expected"),
+        ({"hidden": None}, TypeError, "params.hidden is a NoneType, but a Layer was expected"),
+        ({"hidden": hidden._replace(scale=None)}, TypeError, "params.hidden.scale is a NoneType"),
+        ({"hidden": hidden._replace(shift=hidden.scale)}, ValueError, "params.hidden.shift is a tensor, but None"),
+        ({"candidate": gates}, ValueError, "params has other layers than deter_in, .* which a block_gru has"),
+        ({"prior": ()}, ValueError, "params.prior is 0, but 3 layers were expected"),
+        ({"prior": (narrow, *p.prior[1:])}, ValueError, r"params.prior\[0\].weight is \(18, 3\), but \(18, 24\)"),
+        ({"posterior": p.posterior[:1]}, ValueError, "params.posterior is 1, but 2 layers were expected"),
+        ({"posterior": 3}, ValueError, "params.posterior is a int, but 2 layers were expected"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(19))
+def test_bad_parameters_are_named(case):
+    model = make()
+    inputs = window(model, 2, 2)
+    change, kind, message = _layers_changed(model.params())[case]
+    params = model.params()._replace(**change)
+    step = (inputs["prev_action"][0], inputs["embed"][0], inputs["is_first"][0])
+    for function, call in {
+        "rssm_observe": lambda: pywm.rssm_observe(params, **inputs),
+        "rssm_step": lambda: pywm.rssm_step(params, inputs["state"], *step),
+        "imagine": lambda: pywm.imagine(params, policy_of(model), inputs["state"], 2),
+    }.items():
+        with pytest.raises(kind, match=f"{function}: {message}"):
+            call()
+
+
+def test_bad_policies_are_named():
+    model = make().requires_grad_(False)
+    state, good = model.initial(2), policy_of(model)
+    first, *rest = good.layers
+    for layer, message in {
+        first._replace(weight=first.weight[:, 1:]): r"policy.layers\[0\].weight is \(\d+, \d+\), but",
+        first._replace(scale=None): r"policy.layers\[0\].scale is a NoneType",
+        first._replace(bias=first.bias[:2]): r"policy.layers\[0\].bias is \(2,\), but",
+    }.items():
+        policy = Policy((layer, *rest), kind=good.kind, norm=good.norm, act=good.act)
+        with pytest.raises((TypeError, ValueError), match=f"imagine: {message}"):
+            model.imagine(policy, state, 2)
