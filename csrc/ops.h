@@ -480,6 +480,7 @@ struct RssmObserveArgs {
   RssmWeights<S> w;
   const S *token_proj, *action_proj, *deter0, *stoch_proj, *noise;
   const uint8_t *is_first, *force_index;
+  const uint8_t* action_class;  // [T, N]: which row of action_proj is each step's; null: they have theirs, [T, N, ...]
   const S* force_stoch;
   S *deter, *stats, *stoch;
   uint8_t* index;

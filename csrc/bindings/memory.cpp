@@ -1,5 +1,9 @@
 #include "memory.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <array>
 #include <atomic>
 #include <cstdlib>
@@ -17,6 +21,10 @@ constexpr size_t kSmallestKept = size_t{1} << 16;
 // The outputs of GAE at 1024 x 4096, and again as much; what lies here idle is lost to the rest of the process.
 constexpr size_t kKeptBytes = size_t{64} << 20;
 constexpr int kSlots = 32;
+// From here on in pages of 2 MB, where the system has them to give: a page fault for 4 KB takes longer than a kernel
+// takes for its numbers, and packed weights of some MB would not fit the table of the processor's addresses.
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kSmallestHuge = 2 * kHugePage;
 
 // The head of a block; the numbers follow at the next multiple of kAlignment.
 struct Block {
@@ -93,7 +101,16 @@ Block* find_block(size_t bytes) {
   }
   constexpr size_t kHead = (sizeof(Block) + kAlignment - 1) / kAlignment * kAlignment;
   if (capacity > std::numeric_limits<size_t>::max() / 2) return nullptr;
-  void* start = std::malloc(kHead + kAlignment + capacity);  // aligned_alloc is slower for small blocks
+  const size_t total = kHead + kAlignment + capacity;
+  void* start = nullptr;
+#if defined(MADV_HUGEPAGE)
+  if (capacity >= kSmallestHuge) {
+    const size_t pages = (total + kHugePage - 1) / kHugePage * kHugePage;
+    start = std::aligned_alloc(kHugePage, pages);
+    if (start) madvise(start, pages, MADV_HUGEPAGE);  // a wish: without it all works as well
+  }
+#endif
+  if (!start) start = std::malloc(total);  // aligned_alloc is slower for small blocks
   if (!start) return nullptr;
   const auto address = (reinterpret_cast<uintptr_t>(start) + kAlignment - 1) / kAlignment * kAlignment;
   auto* block = new (reinterpret_cast<void*>(address)) Block{};

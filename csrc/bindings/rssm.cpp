@@ -140,8 +140,8 @@ struct Planes {
 // Returns deter, stats, stoch, and with `keep` u, cell1, cell2, o. `index` [T, N, groups] is written in place (None for
 // Gaussian latents), `force` forces the samples: indices, or floats.
 py::object rssm_observe(py::handle form, py::handle weights, py::handle token_proj, py::handle action_proj,
-                        py::handle deter0, py::handle stoch_proj, py::handle noise, py::handle is_first,
-                        py::handle force, py::handle index, bool keep) {
+                        py::handle action_class, py::handle deter0, py::handle stoch_proj, py::handle noise,
+                        py::handle is_first, py::handle force, py::handle index, bool keep) {
   Call call("rssm_observe", true);
   RssmForm f;
   WeightTensors w;
@@ -152,7 +152,18 @@ py::object rssm_observe(py::handle form, py::handle weights, py::handle token_pr
   const int64_t T = call.size(0), N = call.size(1);
   View v;
   if (call.size(2) != f.H) return py::none();
-  const void* actions = call.floats(action_proj, {T, N, width.action}, v);
+  const void* actions = nullptr;
+  const uint8_t* classes = nullptr;
+  if (action_class.is_none()) {
+    actions = call.floats(action_proj, {T, N, width.action}, v);
+  } else {  // a row for each class
+    View table;
+    actions = call.floats(action_proj, {-1, width.action}, table);
+    classes = call.bytes(action_class, call.first(), 1, N);
+    if (!call.ok() || f.cell != RssmCell::kBlockGru) return py::none();
+    for (int64_t i = 0; i < T * N; ++i)
+      if (classes[i] >= table.shape[0]) return py::none();
+  }
   const void* deter_start = call.floats(deter0, {N, f.D}, v);
   const void* stoch_start = call.floats(stoch_proj, {N, f.H}, v);
   const void* noise_data = noise.is_none() ? nullptr : call.floats(noise, {T, N, f.groups}, v);
@@ -191,6 +202,7 @@ py::object rssm_observe(py::handle form, py::handle weights, py::handle token_pr
                                in<S>(noise_data),
                                first,
                                force_index,
+                               classes,
                                in<S>(force_stoch),
                                out<S>(deter_data),
                                out<S>(stats_data),
@@ -445,13 +457,41 @@ py::object rssm_imagine(py::handle form, py::handle weights, py::handle action_i
   return py::make_tuple(action, stats, policy_stats);
 }
 
+// The classes of one-hot actions [T, N, A] in `classes` [T, N] uint8, A for the zeros where an episode begins; False if
+// some action is neither.
+py::object action_classes(py::handle action, py::handle is_first, py::handle classes) {
+  Call call("action_classes", true);
+  const void* data = call.first(action, 3);
+  if (!call.ok() || !call.on_cpu()) return py::none();
+  const int64_t T = call.size(0), N = call.size(1), A = call.size(2);
+  const uint8_t* first = call.mask(is_first, call.first(), 2);
+  uint8_t* out = const_cast<uint8_t*>(call.bytes(classes, call.first(), 1, N));
+  if (!call.ok() || A > 255) return py::none();
+  bool all = true;
+  by_dtype(call, [&]<typename S>() {
+    const S* x = in<S>(data);
+    for (int64_t i = 0; i < T * N && all; ++i, x += A) {
+      int64_t zeros = 0, one = A;
+      for (int64_t j = 0; j < A; ++j) {
+        zeros += x[j] == S(0);
+        one = x[j] == S(1) ? j : one;
+      }
+      const bool hot = one < A && zeros == A - 1;
+      all = first[i] || hot || zeros == A;
+      out[i] = static_cast<uint8_t>(first[i] || !hot ? A : one);
+    }
+  });
+  return py::bool_(all);
+}
+
 }  // namespace
 
 void define_rssm(py::module_& m) {
   define_fast<&rssm_observe>(m, "rssm_observe",
-                             "rssm_observe(form: object, weights: object, token_proj: object, action_proj: object, "
+                             "rssm_observe(form: object, weights: object, token_proj: object, action_proj: object, action_class: object, "
                              "deter0: object, stoch_proj: object, noise: object, is_first: object, force: object, "
                              "index: object, keep: bool) -> object");
+  m.def("action_classes", &action_classes, "action"_a, "is_first"_a, "classes"_a);
   define_fast<&rssm_observe_backward>(
       m, "rssm_observe_backward",
       "rssm_observe_backward(form: object, weights: object, grad_deter: object, grad_stats: object, "

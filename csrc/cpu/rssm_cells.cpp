@@ -14,11 +14,9 @@ inline S activated(S x) {
   return x;
 }
 
-// y := activation(norm(x)).
 template <Norm kNorm, Activation kActivation, typename S>
-inline void norm_act_row(const S* __restrict x, const S* __restrict scale, const S* __restrict shift, int64_t n, S eps,
-                         S* __restrict y) {
-  const Moments<S> m = moments<kNorm>(x, n, eps);
+inline void norm_act_part(const S* __restrict x, const S* __restrict scale, const S* __restrict shift, int64_t n,
+                          Moments<S> m, S* __restrict y) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     S z = x[i];
@@ -26,6 +24,13 @@ inline void norm_act_row(const S* __restrict x, const S* __restrict scale, const
     if constexpr (kNorm == Norm::kLayer) z = (z - m.mean) * m.inverse * scale[i] + shift[i];
     y[i] = activated<kActivation>(z);
   }
+}
+
+// y := activation(norm(x)).
+template <Norm kNorm, Activation kActivation, typename S>
+inline void norm_act_row(const S* __restrict x, const S* __restrict scale, const S* __restrict shift, int64_t n, S eps,
+                         S* __restrict y) {
+  norm_act_part<kNorm, kActivation>(x, scale, shift, n, moments<kNorm>(x, n, eps), y);
 }
 
 // From the gradient of y to that of x. Writes y too, and adds to the gradients of scale and shift.
@@ -70,13 +75,17 @@ template <typename S, Norm kNorm>
 NormAct<S> norm_act_of(Activation activation) {
   switch (activation) {
     case Activation::kSilu:
-      return {norm_act_row<kNorm, Activation::kSilu, S>, norm_act_row_backward<kNorm, Activation::kSilu, S>};
+      return {norm_act_row<kNorm, Activation::kSilu, S>, norm_act_part<kNorm, Activation::kSilu, S>,
+              norm_act_row_backward<kNorm, Activation::kSilu, S>};
     case Activation::kElu:
-      return {norm_act_row<kNorm, Activation::kElu, S>, norm_act_row_backward<kNorm, Activation::kElu, S>};
+      return {norm_act_row<kNorm, Activation::kElu, S>, norm_act_part<kNorm, Activation::kElu, S>,
+              norm_act_row_backward<kNorm, Activation::kElu, S>};
     case Activation::kRelu:
-      return {norm_act_row<kNorm, Activation::kRelu, S>, norm_act_row_backward<kNorm, Activation::kRelu, S>};
+      return {norm_act_row<kNorm, Activation::kRelu, S>, norm_act_part<kNorm, Activation::kRelu, S>,
+              norm_act_row_backward<kNorm, Activation::kRelu, S>};
     default:
-      return {norm_act_row<kNorm, Activation::kNone, S>, norm_act_row_backward<kNorm, Activation::kNone, S>};
+      return {norm_act_row<kNorm, Activation::kNone, S>, norm_act_part<kNorm, Activation::kNone, S>,
+              norm_act_row_backward<kNorm, Activation::kNone, S>};
   }
 }
 template <typename S>
@@ -113,36 +122,55 @@ void cell_forward(const Team& team, const RssmForm& f, const RssmWeights<S>& w, 
   const S eps = S(f.eps);
   const int64_t begin = team.begin(rows), end = team.end(rows);
   if (f.cell == RssmCell::kBlockGru) {
-    product(team, s.h, D, packed.deter_in, w.deter_in.bias, s.u, X, rows, H, D);
-    team.sync();
     for (int64_t r = begin; r < end; ++r) {
       act.forward(s.u + r * X, w.deter_in.scale, w.deter_in.shift, H, eps, s.x + r * X);
       act.forward(s.u + r * X + H, w.stoch_in.scale, w.stoch_in.shift, H, eps, s.x + r * X + H);
     }
     team.sync();
-    const int64_t count = panels<S>(Dg), all = G * count;
-    for (int64_t i = team.begin(all); i < team.end(all); ++i) {
+    const int64_t count = panels<S>(Dg), all = G * count, first_panel = team.begin(all), last_panel = team.end(all);
+    for (int64_t i = first_panel; i < last_panel; ++i) {
       const int64_t g = i / count, p = i % count, column = g * Dg + p * kCols, n = min(kCols, Dg - p * kCols);
       S* v = s.cell1 + column;
-      for (int64_t r = 0; r < rows; ++r) copy_row(s.action_proj + r * D + column, v + r * D, n);
+      for (int64_t r = 0; r < rows; ++r)
+        copy_row(s.action_proj + (s.action_class ? s.action_class[r] : r) * D + column, v + r * D, n);
       multiply(s.h + g * Dg, D, packed.hidden_deter + g * packed_size<S>(Dg, Dg) + p * kCols * Dg,
                static_cast<const S*>(nullptr), v, D, rows, n, Dg, true);
       multiply(s.x, X, packed.hidden_x + g * packed_size<S>(X, Dg) + p * kCols * X, static_cast<const S*>(nullptr), v,
                D, rows, n, X, true);
     }
-    team.sync();
-    for (int64_t r = begin; r < end; ++r)
-      act.forward(s.cell1 + r * D, w.hidden.scale, w.hidden.shift, D, eps, s.y + r * D);
-    team.sync();
-    for (int64_t i = team.begin(all); i < team.end(all); ++i) {
+    // Who has whole blocks needs of the others' columns only their squares.
+    const int64_t own = D / team.size, left = team.rank * own;
+    if (f.norm == Norm::kRms && s.squares && G % team.size == 0 && team.size <= kMostSquares) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const S* x = s.cell1 + r * D + left;
+        s.squares[r * kMostSquares + team.rank] = sum_over<S>(own, [&](int64_t i) { return x[i] * x[i]; });
+      }
+      team.sync();
+      for (int64_t r = 0; r < rows; ++r) {
+        S sum = S(0);
+        for (int64_t m = 0; m < team.size; ++m) sum += s.squares[r * kMostSquares + m];
+        act.apply(s.cell1 + r * D + left, w.hidden.scale + left, static_cast<const S*>(nullptr), own,
+                  {S(0), inverse_root(sum, D, eps)}, s.y + r * D + left);
+      }
+    } else {
+      team.sync();
+      for (int64_t r = begin; r < end; ++r)
+        act.forward(s.cell1 + r * D, w.hidden.scale, w.hidden.shift, D, eps, s.y + r * D);
+      team.sync();
+    }
+    for (int64_t i = first_panel; i < last_panel; ++i) {
       const int64_t g = i / count, first = i % count * kCols, n = min(kCols, Dg - first);
       for (int64_t part = 0; part < 3; ++part) {
         const int64_t column = (3 * g + part) * Dg + first;
         multiply(s.y + g * Dg, D, packed.gates + (3 * g + part) * packed_size<S>(Dg, Dg) + first * Dg,
                  w.gates.bias + column, s.cell2 + column, 3 * D, rows, n, Dg, false);
       }
+      if (i + 1 < last_panel && (i + 1) / count == g) continue;
+      // All of this block's columns that are this member's, in one go: the loop over them is dear to begin.
+      const int64_t from = first_panel > g * count ? (first_panel - g * count) * kCols : 0;
       for (int64_t r = 0; r < rows; ++r)
-        block_gru_gates(s.cell2 + r * 3 * D + 3 * g * Dg, s.h + r * D + g * Dg, Dg, first, n, s.deter + r * D + g * Dg);
+        block_gru_gates(s.cell2 + r * 3 * D + 3 * g * Dg, s.h + r * D + g * Dg, Dg, from, first + n - from,
+                        s.deter + r * D + g * Dg);
     }
     team.sync();
     return;

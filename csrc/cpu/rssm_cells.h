@@ -163,13 +163,16 @@ struct StepWeights {
 template <typename S>
 struct StepRows {
   const S* action_proj;
-  const S* h;  // masked deter [rows, D]
+  const uint8_t* action_class;  // [rows]: which row of action_proj is whose; null: each has its own
+  const S* h;                   // masked deter [rows, D]
   S *u, *cell1, *cell2, *x, *y, *deter;
+  S* squares;  // scratch [rows, kMostSquares], or null
   int64_t rows;
 };
+constexpr int64_t kMostSquares = 16;  // members of a team that exchange sums
 
-// One step of a team: x has its pre-activations u when it begins, but for block_gru's first half. Ends with `deter`,
-// synchronised.
+// One step of a team. It begins with the pre-activations u of this member's rows; before anybody reads h, there is a
+// barrier. Ends with `deter`, synchronised.
 template <typename S>
 void cell_forward(const Team& team, const RssmForm& form, const RssmWeights<S>& w, const StepWeights<S>& packed,
                   const StepRows<S>& rows);

@@ -30,10 +30,12 @@ template <typename S>
 struct ImagineScratch {
   StepWeights<S> packed;
   S *action_in, *action_x;  // the weights of actions: their own layer, and its way into the cell
+  S *table, *table_features;  // block_gru with one group of classes: what the cell gets of each; else null
   S *policy_deter, *policy_stoch;
   Packed<S> policy, prior;
   // Of each member:
   S *u, *cell1, *cell2, *x, *y, *action_u, *action_features, *action_proj, *wide, *wide2, *probs, *bounded, *z;
+  uint8_t* taken;
   int64_t shared, each;
 
   ImagineScratch(const RssmImagineArgs<S>& a, int64_t member) : ImagineScratch(a, member, Arena<S>{a.scratch}) {}
@@ -48,6 +50,9 @@ struct ImagineScratch {
     const int64_t D = f.D, H = f.H, X = StepWeights<S>::x_width(f);
     action_in = arena.take(packed_size<S>(a.A, H));
     action_x = block ? arena.take(packed_size<S>(H, D)) : nullptr;
+    const bool tabled = block && p.kind == PolicyKind::kCategorical && p.groups == 1 && !a.force_action;
+    table = tabled ? arena.take(a.A * D) : nullptr;
+    table_features = tabled ? arena.take(2 * a.A * H) : nullptr;
     policy_deter = arena.take(packed_size<S>(D, p.U));
     policy_stoch = arena.take(packed_size<S>(f.stoch(), p.U));
     for (int64_t i = 1; i < p.count; ++i)
@@ -70,6 +75,7 @@ struct ImagineScratch {
       probs = arena.take(kRows * largest(f.stoch(), p.outputs));
       bounded = arena.take(kRows * a.A);
       z = arena.take(kRows * f.groups);
+      taken = reinterpret_cast<uint8_t*>(arena.take(kRows));
       if (m == 0) each = arena.used - shared;
     }
   }
@@ -82,14 +88,13 @@ int64_t imagine_workspace(const RssmImagineArgs<S>& a) {
   return ImagineScratch<S>(counted, 0).size(a.members);
 }
 
-// A row's action from what the policy gave.
+// A row's action from what the policy gave; `taken` is the class of its last group.
 template <typename S>
-void act(const PolicyNetwork<S>& p, const S* stats, const S* noise, int64_t A, S* probs, S* action) {
+void act(const PolicyNetwork<S>& p, const S* stats, const S* noise, int64_t A, S* probs, S* action, uint8_t* taken) {
   if (p.kind == PolicyKind::kCategorical) {
     for (int64_t g = 0, first = 0; g < p.groups; first += p.classes[g++]) {
-      uint8_t index;
-      sample_row(stats + first, noise + g, 1, p.classes[g], S(p.unimix), probs, &index);
-      one_hot_row(&index, 1, p.classes[g], action + first);
+      sample_row(stats + first, noise + g, 1, p.classes[g], S(p.unimix), probs, taken);
+      one_hot_row(taken, 1, p.classes[g], action + first);
     }
     return;
   }
@@ -148,11 +153,16 @@ void imagine_rows(const RssmImagineArgs<S>& a, const ImagineScratch<S>& s, int64
         copy_row(a.force_action + (row + r) * A, action + r * A, A);
       else
         act(p, a.policy_stats + (row + r) * p.outputs, a.action_noise + (row + r) * action_noise, A, s.probs,
-            action + r * A);
+            action + r * A, s.taken + r);
     }
     // The cell.
     S* from_stoch = s.u + (block ? H : 0);
-    if (block) {
+    const S* action_proj = s.action_proj;
+    const uint8_t* action_class = nullptr;
+    if (s.table) {
+      action_proj = s.table;
+      action_class = s.taken;
+    } else if (block) {
       for (int64_t i = 0; i < rows * A; ++i) {
         const S magnitude = action[i] < S(0) ? -action[i] : action[i];
         s.bounded[i] = magnitude > S(1) ? action[i] / magnitude : action[i];
@@ -175,9 +185,11 @@ void imagine_rows(const RssmImagineArgs<S>& a, const ImagineScratch<S>& s, int64
         gather_row(s.packed.stoch_in, index + r * G, G, f.classes, start, H, to);
     }
     if (gaussian && t > 0) product(alone, stoch, Z, s.packed.stoch_in, none, from_stoch, X, rows, H, Z, true);
+    if (block) product(alone, deter, D, s.packed.deter_in, a.w.deter_in.bias, s.u, X, rows, H, D);
     S* deter_next = a.deter + next * D;
     cell_forward(alone, f, a.w, s.packed,
-                 StepRows<S>{s.action_proj, deter, s.u, s.cell1, s.cell2, s.x, s.y, deter_next, rows});
+                 StepRows<S>{action_proj, action_class, deter, s.u, s.cell1, s.cell2, s.x, s.y, deter_next, nullptr,
+                             rows});
     // The prior.
     const S* from = deter_next;
     int64_t width = D;
@@ -232,6 +244,18 @@ void imagine(const RssmImagineArgs<S>& a, const Team& team) {
     pack_weight(team, a.prior[i].weight, a.prior[i].ld, i == 0 ? D : H, i + 1 < a.prior_layers ? H : f.stats(),
                 s.prior.layers[i]);
   team.sync();
+  if (s.table && team.rank == 0) {
+    const Team alone{0, 1, nullptr};
+    const NormAct<S> norm = norm_act<S>(f.norm, f.activation);
+    const RssmLayer<S>& in = a.action_in;
+    S *u = s.table_features, *features = u + a.A * H;
+    for (int64_t i = 0; i < a.A; ++i) {
+      for (int64_t j = 0; j < H; ++j) u[i * H + j] = in.weight[j * in.ld + i] + (in.bias ? in.bias[j] : S(0));
+      norm.forward(u + i * H, in.scale, in.shift, H, S(f.eps), features + i * H);
+    }
+    product(alone, features, H, s.action_x, a.w.hidden.bias, s.table, D, a.A, D, H);
+  }
+  if (s.table) team.sync();
   const int64_t begin = team.begin(a.N), end = team.end(a.N);
   for (int64_t first = begin; first < end; first += kRows) imagine_rows(a, s, first, smaller(kRows, end - first));
 }

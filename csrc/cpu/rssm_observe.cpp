@@ -38,7 +38,7 @@ struct Widths {
 template <typename S>
 struct ObserveScratch {
   StepWeights<S> packed;
-  S *h, *z, *x, *y, *head, *probs, *u, *cell1, *cell2, *o;
+  S *h, *z, *x, *y, *head, *probs, *squares, *u, *cell1, *cell2, *o;
   int64_t size;
 
   ObserveScratch(const RssmForm& f, int64_t N, bool keep, S* base) : ObserveScratch(f, N, keep, Arena<S>{base}) {}
@@ -52,6 +52,7 @@ struct ObserveScratch {
     y = arena.take(N * f.D);
     head = arena.take(N * f.H);
     probs = arena.take(N * f.stoch());
+    squares = arena.take(N * kMostSquares);
     u = keep ? nullptr : arena.take(N * width.u);
     cell1 = keep ? nullptr : arena.take(N * width.cell1);
     cell2 = keep ? nullptr : arena.take(N * width.cell2);
@@ -76,13 +77,23 @@ void observe_rows(const Team& team, const RssmObserveArgs<S>& a, const ObserveSc
   const NormAct<S> act = norm_act<S>(f.norm, f.activation);
   S *h = scratch.h + first * D, *head = scratch.head + first * H;
   const int64_t begin = team.begin(rows), end = team.end(rows), P = block ? D : H;
+  // deter_in of the step after `deter`, with the products that read it too; masked rows are put right later.
+  const auto deter_in = [&](const S* deter, int64_t t) {
+    S* u = keep ? at(a.u, t, N, first, U) : scratch.u + first * U;
+    product(team, deter, D, scratch.packed.deter_in, a.w.deter_in.bias, u, U, rows, H, D);
+  };
+  if (block) {
+    deter_in(a.deter0 + first * D, 0);
+    team.sync();
+  }
   for (int64_t t = 0; t < a.T; ++t) {
     S* u = keep ? at(a.u, t, N, first, U) : scratch.u + first * U;
     S* cell1 = keep ? at(a.cell1, t, N, first, width.cell1) : scratch.cell1 + first * width.cell1;
     S* cell2 = keep ? at(a.cell2, t, N, first, width.cell2) : scratch.cell2 + first * width.cell2;
     S* o = keep ? at(a.o, t, N, first, H) : scratch.o + first * H;
     const S* deter_before = t > 0 ? at(a.deter, t - 1, N, first, D) : a.deter0 + first * D;
-    const S* action_proj = at(a.action_proj, t, N, first, P);
+    const S* action_proj = a.action_class ? a.action_proj : at(a.action_proj, t, N, first, P);
+    const uint8_t* action_class = a.action_class ? a.action_class + t * N + first : nullptr;
     // Pre-activations of the half of x that the stoch feeds.
     S* from_stoch = u + (block ? H : 0);
     for (int64_t r = begin; r < end; ++r) {
@@ -91,6 +102,8 @@ void observe_rows(const Team& team, const RssmObserveArgs<S>& a, const ObserveSc
         zero_row(h + r * D, D);
       else
         copy_row(deter_before + r * D, h + r * D, D);
+      if (reset && block)
+        for (int64_t j = 0; j < H; ++j) u[r * U + j] = a.w.deter_in.bias ? a.w.deter_in.bias[j] : S(0);
       const S* start = block ? a.w.stoch_in.bias : action_proj + r * H;
       S* to = from_stoch + r * U;
       if (reset || t == 0) {
@@ -108,17 +121,19 @@ void observe_rows(const Team& team, const RssmObserveArgs<S>& a, const ObserveSc
       team.sync();
       product(team, scratch.z + first * G, G, scratch.packed.stoch_in, static_cast<const S*>(nullptr), from_stoch, U,
               rows, H, G, true);
+      team.sync();
     }
-    team.sync();
     S* deter = at(a.deter, t, N, first, D);
     cell_forward(
         team, f, a.w, scratch.packed,
-        StepRows<S>{action_proj, h, u, cell1, cell2, scratch.x + first * U, scratch.y + first * D, deter, rows});
+        StepRows<S>{action_proj, action_class, h, u, cell1, cell2, scratch.x + first * U, scratch.y + first * D, deter,
+                    scratch.squares + first * kMostSquares, rows});
     const int64_t count = panels<S>(H), left = team.begin(count) * Simd<S>::kCols,
                   right = min(H, team.end(count) * Simd<S>::kCols);
     for (int64_t r = 0; r < rows && left < right; ++r)
       copy_row(at(a.token_proj, t, N, first + r, H) + left, o + r * H + left, right - left);
     product(team, deter, D, scratch.packed.head, static_cast<const S*>(nullptr), o, H, rows, H, D, true);
+    if (block && t + 1 < a.T) deter_in(deter, t + 1);
     team.sync();
     for (int64_t r = begin; r < end; ++r)
       act.forward(o + r * H, a.w.head.scale, a.w.head.shift, H, S(f.eps), head + r * H);

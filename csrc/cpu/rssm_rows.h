@@ -37,6 +37,11 @@ struct Moments {
   S mean, inverse;  // 1 / standard deviation, or 1 / root mean square
 };
 
+template <typename S>
+inline S inverse_root(S squares, int64_t n, S eps) {
+  return S(1) / S(__builtin_sqrt(double(squares / S(n) + eps)));
+}
+
 template <Norm kNorm, typename S>
 inline Moments<S> moments(const S* __restrict x, int64_t n, S eps) {
   if constexpr (kNorm == Norm::kNone) return {S(0), S(1)};
@@ -45,12 +50,14 @@ inline Moments<S> moments(const S* __restrict x, int64_t n, S eps) {
     const S d = x[i] - mean;
     return d * d;
   });
-  return {mean, S(1) / S(__builtin_sqrt(double(squares / S(n) + eps)))};
+  return {mean, inverse_root(squares, n, eps)};
 }
 
 template <typename S>
 struct NormAct {
   void (*forward)(const S* x, const S* scale, const S* shift, int64_t n, S eps, S* y);
+  // Of some of a row's numbers, with the moments of all of them.
+  void (*apply)(const S* x, const S* scale, const S* shift, int64_t n, Moments<S> m, S* y);
   void (*backward)(const S* x, const S* scale, const S* shift, int64_t n, S eps, const S* grad_y, S* y, S* grad_x,
                    S* grad_scale, S* grad_shift);
 };

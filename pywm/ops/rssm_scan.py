@@ -108,13 +108,16 @@ def observe(
     c = params.config
     if not is_served(embed, c) or embed.shape[1] == 0 or is_transformed():
         return reference_rssm.observe(params, embed, action, is_first, deter, stoch, noise, force)
-    action = action.masked_fill(is_first.unsqueeze(-1), 0)
-    if c.cell == "block_gru":
-        action = reference_rssm.bounded(action)
     tensors, present = flat(params)
     scan = Scan.of(c, present)
-    inputs = (embed, action, is_first, deter, stoch, noise, force)
-    if torch.compiler.is_compiling() or any(type(x) not in _PLAIN for x in (embed, *tensors)):
+    traced = torch.compiler.is_compiling() or any(type(x) not in _PLAIN for x in (embed, *tensors))
+    classes = None if traced or c.cell != "block_gru" else _classes(action, is_first)
+    if classes is None:
+        action = action.masked_fill(is_first.unsqueeze(-1), 0)
+        if c.cell == "block_gru":
+            action = reference_rssm.bounded(action)
+    inputs = (embed, action, is_first, deter, stoch, noise, force, classes)
+    if traced:
         deter, stats, stoch, index, *_ = torch.ops.pywm.rssm_observe(*inputs, tensors, *scan)
     elif torch.is_grad_enabled() and any(x.requires_grad for x in (embed, action, deter, stoch, *tensors)):
         deter, stats, stoch, index, *_ = _Eager.apply(scan, *inputs, *tensors)  # type: ignore[no-untyped-call]
@@ -136,6 +139,24 @@ def by_products(x: Tensor) -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def _classes(action: Tensor, is_first: Tensor) -> Tensor | None:
+    """The classes ``[T, N]`` of one-hot actions whose gradient nobody wants, A where an episode begins; else None.
+
+    What the cell sees of a class is then computed once, and not for each of T·N rows.
+    """
+    if by_products(action) or action.requires_grad or action.shape[-1] > 255:
+        return None
+    classes = is_first.new_empty(is_first.shape, dtype=torch.uint8)
+    found = _native.module().action_classes(plain(action), plain(is_first), classes)
+    return classes if served(found, "action_classes") else None
+
+
+def _each_class(action: Tensor) -> Tensor:
+    """``[A + 1, A]``: all one-hot actions, and zeros."""
+    A = action.shape[-1]
+    return torch.eye(A + 1, A, dtype=action.dtype)
+
+
 def _columns(weight: Tensor, begin: int, end: int | None = None) -> Tensor:
     return weight.flatten(0, -2)[:, begin:end]
 
@@ -155,6 +176,7 @@ def _forward(
     stoch: Tensor,
     noise: Tensor | None,
     force: Tensor | None,
+    classes: Tensor | None,
     tensors: Sequence[Tensor],
     sizes: Sequence[int],
     numbers: Sequence[float],
@@ -167,7 +189,7 @@ def _forward(
     embed, action, deter, stoch = (plain(x) for x in (embed, action, deter, stoch))
     posterior, stoch_in = layers["posterior"], layers["stoch_in"]
     token_proj = functional.linear(embed.flatten(0, 1), _columns(posterior.weight, D), posterior.bias)
-    features = _action_features(layers, c, action.flatten(0, 1))
+    features = _action_features(layers, c, action.flatten(0, 1) if classes is None else _each_class(action))
     if c.cell == "block_gru":
         into = layers["hidden"]
         action_proj = functional.linear(features, _columns(into.weight, D // c.blocks + 2 * H), into.bias)
@@ -197,7 +219,8 @@ def _forward(
         scan.form(),
         kernel_layers(layers),
         token_proj.view(T, N, H),
-        action_proj.view(T, N, -1),
+        action_proj.view(T, N, -1) if classes is None else action_proj,
+        classes,
         deter,
         stoch_proj,
         plain_optional(noise),
@@ -232,6 +255,7 @@ def _backward(
     deter0: Tensor,
     stoch0: Tensor,
     noise: Tensor | None,
+    classes: Tensor | None,
     tensors: Sequence[Tensor],
     deter: Tensor,
     stats: Tensor,
@@ -298,15 +322,22 @@ def _backward(
         weight("stoch_in", (d_u[:, H:], stoch_before))
         hidden = layers["hidden"]
         wide = _columns(hidden.weight, 0)
+        actions, d_actions = rows_of["action"], d_cell1
+        if classes is not None:  # the gradients of all rows of a class are one sum
+            actions = _each_class(action)
+            one_hot = functional.one_hot(classes.flatten().long(), len(actions)).to(d_cell1.dtype)
+            d_actions = one_hot.t() @ d_cell1
         grads["action_in"], features, grad_action = _through_action(
-            layers, c, rows_of["action"], d_cell1 @ wide[:, Dg + 2 * H :]
+            layers, c, actions, d_actions @ wide[:, Dg + 2 * H :]
         )
+        if classes is not None:
+            grad_action = action.new_zeros(action.shape)  # nobody asked for it
         out = torch.empty_like(wide)
         for g in range(G):
             block = slice(g * Dg, (g + 1) * Dg)
             torch.mm(d_cell1[:, block].t(), before[:, block], out=out[block, :Dg])
         torch.mm(d_cell1.t(), x, out=out[:, Dg : Dg + 2 * H])
-        torch.mm(d_cell1.t(), features, out=out[:, Dg + 2 * H :])
+        torch.mm(d_actions.t(), features, out=out[:, Dg + 2 * H :])
         grads["hidden"][0] = out.view_as(hidden.weight)
         if hidden.bias is not None:
             grads["hidden"][1] = d_cell1.sum(0)
@@ -384,30 +415,43 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scan: Scan, *inputs: Any) -> Any:
         """See :func:`rssm_observe`."""
-        embed, action, is_first, deter, stoch, noise, _, *tensors = inputs
-        output = _forward(embed, action, is_first, deter, stoch, noise, inputs[6], tensors, *scan)
+        embed, action, is_first, deter, stoch, noise, force, classes, *tensors = inputs
+        output = _forward(embed, action, is_first, deter, stoch, noise, force, classes, tensors, *scan)
         ctx.scan = scan
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[3:])
-        ctx.save_for_backward(embed, action, is_first, deter, stoch, noise, *tensors, *output)
+        ctx.save_for_backward(embed, action, is_first, deter, stoch, noise, classes, *tensors, *output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Return the gradients of all inputs."""
-        embed, action, is_first, deter, stoch, noise, *rest = ctx.saved_tensors
+        embed, action, is_first, deter, stoch, noise, classes, *rest = ctx.saved_tensors
         tensors, (deters, stats, stochs, _, *kept) = rest[:-8], rest[-8:]
-        inputs = (embed, action, is_first, deter, stoch, noise, tensors, deters, stats, stochs, *kept)
+        inputs = (
+            embed,
+            action,
+            is_first,
+            deter,
+            stoch,
+            noise,
+            classes,
+            tensors,
+            deters,
+            stats,
+            stochs,
+            *kept,
+        )
         if torch.is_grad_enabled():  # somebody will differentiate again, which the dispatcher's op refuses
             results = torch.ops.pywm.rssm_observe_backward(*grads[:3], *inputs, *ctx.scan)
         else:
             differentiate_once: Any = _backward
             results = differentiate_once(*grads[:3], *inputs, *ctx.scan)
         grad_embed, grad_action, grad_deter, grad_stoch, *flat = results
-        return None, grad_embed, grad_action, None, grad_deter, grad_stoch, None, None, *flat
+        return None, grad_embed, grad_action, None, grad_deter, grad_stoch, None, None, None, *flat
 
 
-def _fake(embed, action, is_first, deter, stoch, noise, force, tensors, sizes, numbers):  # type: ignore[no-untyped-def]
+def _fake(embed, action, is_first, deter, stoch, noise, force, classes, tensors, sizes, numbers):  # type: ignore[no-untyped-def]
     cell, _, _, D, H, S, K, *_ = sizes
     T, N, _ = embed.shape
     Z, Q = (S, 2 * S) if K == 0 else (S * K, S * K)
@@ -418,21 +462,32 @@ def _fake(embed, action, is_first, deter, stoch, noise, force, tensors, sizes, n
 
 
 def _fake_backward(  # type: ignore[no-untyped-def]
-    grad_deter, grad_stats, grad_stoch, embed, action, is_first, deter0, stoch0, noise, tensors, *unused
+    grad_deter,
+    grad_stats,
+    grad_stoch,
+    embed,
+    action,
+    is_first,
+    deter0,
+    stoch0,
+    noise,
+    classes,
+    tensors,
+    *unused,
 ):
     return [x.new_empty(x.shape) for x in (embed, action, deter0, stoch0, *tensors)]
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    embed, action, is_first, deter, stoch, noise, _, tensors, sizes, numbers = inputs
+    embed, action, is_first, deter, stoch, noise, _, classes, tensors, sizes, numbers = inputs
     ctx.scan = Scan(list(sizes), list(numbers))
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(embed, action, is_first, deter, stoch, noise, *tensors, *output)
+    ctx.save_for_backward(embed, action, is_first, deter, stoch, noise, classes, *tensors, *output)
 
 
 def _autograd(ctx: Any, *grads: Tensor | None) -> Any:
-    embed, action, is_first, deter, stoch, noise, *rest = ctx.saved_tensors
+    embed, action, is_first, deter, stoch, noise, classes, *rest = ctx.saved_tensors
     tensors, (deters, stats, stochs, _, *kept) = rest[:-8], rest[-8:]
     results = torch.ops.pywm.rssm_observe_backward(
         *grads[:3],
@@ -442,6 +497,7 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> Any:
         deter,
         stoch,
         noise,
+        classes,
         tensors,
         deters,
         stats,
@@ -450,19 +506,19 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> Any:
         *ctx.scan,
     )
     grad_embed, grad_action, grad_deter, grad_stoch, *flat = results
-    return grad_embed, grad_action, None, grad_deter, grad_stoch, None, None, flat, None, None
+    return grad_embed, grad_action, None, grad_deter, grad_stoch, None, None, None, flat, None, None
 
 
 define(
     "rssm_observe(Tensor embed, Tensor action, Tensor is_first, Tensor deter, Tensor stoch, Tensor? noise, "
-    "Tensor? force, Tensor[] tensors, int[] sizes, float[] numbers) -> "
+    "Tensor? force, Tensor? classes, Tensor[] tensors, int[] sizes, float[] numbers) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     _forward,
 )
 define(
     "rssm_observe_backward(Tensor? grad_deter, Tensor? grad_stats, Tensor? grad_stoch, Tensor embed, Tensor action, "
-    "Tensor is_first, Tensor deter0, Tensor stoch0, Tensor? noise, Tensor[] tensors, Tensor deter, Tensor stats, "
+    "Tensor is_first, Tensor deter0, Tensor stoch0, Tensor? noise, Tensor? classes, Tensor[] tensors, Tensor deter, Tensor stats, "
     "Tensor stoch, Tensor u, Tensor cell1, Tensor cell2, Tensor o, int[] sizes, float[] numbers) -> Tensor[]",
     _fake_backward,
     _backward,

@@ -457,6 +457,7 @@ def test_opcheck(cell, classes):
         *state,
         inputs["noise"],
         None,
+        None,
         tensors,
         *scan,
     )
@@ -682,3 +683,63 @@ def test_bad_policies_are_named():
         policy = Policy((layer, *rest), kind=good.kind, norm=good.norm, act=good.act)
         with pytest.raises((TypeError, ValueError), match=f"imagine: {message}"):
             model.imagine(policy, state, 2)
+
+
+def _one_hot_window(model, T=5, N=4, dtype=torch.float64):
+    inputs = window(model, T, N, dtype, resets=0.3)
+    A = model.config.action
+    g = torch.Generator().manual_seed(9)
+    action = torch.nn.functional.one_hot(torch.randint(A, (T, N), generator=g), A).to(dtype)
+    action[1, 2] = 0  # what a replay has where nothing was done
+    return {**inputs, "prev_action": action}
+
+
+def _gradients(model, inputs):
+    result = model.observe(**inputs)
+    outputs = [result.deter, result.stoch, result.posterior, result.prior]
+    g = torch.Generator().manual_seed(7)
+    weights = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, list(model.parameters()), weights)]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_one_hot_actions_are_looked_up(form, threads):
+    """What the cell sees of a class is computed once; values and gradients are those of the product."""
+    model = make(form=form, action=6)
+    inputs = _one_hot_window(model)
+    with _native.disabled():
+        want = _gradients(model, inputs)
+    got = _gradients(model, inputs)
+    assert_near(got, want, 1e-11)
+    inputs["prev_action"][2, 1] *= 0.5  # no class any more
+    with _native.disabled():
+        want = _gradients(model, inputs)
+    assert_near(_gradients(model, inputs), want, 1e-11)
+
+
+@pytest.mark.parametrize("spoilt", [0.5, 2.0, -1.0, float("nan")])
+def test_actions_that_are_no_classes_are_told_from_them(spoilt):
+    classes = torch.empty(2, 3, dtype=torch.uint8)
+    action = torch.eye(4)[torch.tensor([[0, 1, 2], [3, 3, 0]])]
+    is_first = torch.tensor([[False, True, False], [False, False, False]])
+    check = _native.module().action_classes
+    assert check(action, is_first, classes)
+    assert classes.tolist() == [[0, 4, 2], [3, 3, 0]]
+    action[1, 2, 3] = spoilt
+    assert not check(action, is_first, classes)
+    action[1, 2] = 0
+    assert check(action, is_first, classes)
+    assert classes[1, 2] == 4
+    action[0, 1] = spoilt  # zeroed where an episode begins, whatever it was
+    assert check(action, is_first, classes)
+    assert check(action, is_first, classes.to(torch.int64)) is None
+
+
+def test_one_hot_actions_that_want_gradients_get_them():
+    model = make(action=6)
+    inputs = _one_hot_window(model)
+    got, want = outputs_and_gradients(model, inputs), None
+    with _native.disabled():
+        want = outputs_and_gradients(model, inputs)
+    assert_near(got[1], want[1], 1e-11)
+    assert got[1][1].abs().max() > 0
