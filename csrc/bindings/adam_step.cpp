@@ -18,8 +18,8 @@ py::object adam_step_(py::handle param, py::handle grad, py::handle exp_avg, py:
   void* v = const_cast<void*>(call.floats(exp_avg_sq));
   constexpr double kBelow1 = 1 - 0x1p-53;
   const double k = PyLong_Check(step.ptr()) ? call.number(step, 1, 0x1p53) : NAN;
-  const double rate = call.number(lr, 0, INFINITY), b1 = call.number(beta1, 0, kBelow1),
-               b2 = call.number(beta2, 0, kBelow1), e = call.number(eps, 0, INFINITY);
+  const double rate = call.number(lr, 0, Call::kFinite), b1 = call.number(beta1, 0, kBelow1),
+               b2 = call.number(beta2, 0, kBelow1), e = call.number(eps, 0, Call::kFinite);
   const double c = max_grad_norm.is_none() ? -1 : call.number(max_grad_norm, 0, INFINITY);
   py::object answer;
   if (call.ok() && (std::isnan(k) || call.numel() == 0 || call.first().device.type != abi::kCPU)) call.refuse();

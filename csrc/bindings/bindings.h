@@ -12,6 +12,7 @@
 
 #include <atomic>
 #include <initializer_list>
+#include <limits>
 #include <new>
 #include <type_traits>
 #include <utility>
@@ -205,6 +206,7 @@ class Call {
   }
 
   double number(py::handle object, double low, double high);
+  static constexpr double kFinite = std::numeric_limits<double>::max();
 
   // Whether a tensor that was looked at wants a gradient, and grad mode is on.
   bool wants_gradients() const { return wants_grad_; }

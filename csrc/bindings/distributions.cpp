@@ -266,7 +266,7 @@ py::object gaussian_sample(py::handle mean, py::handle raw_std, py::handle noise
   const void* mu = call.first(mean, -1);
   const void* raw = call.floats(raw_std);
   const void* xi = call.floats(noise);
-  const double least = call.number(min_std, 0, INFINITY);
+  const double least = call.number(min_std, 0, Call::kFinite);
   py::object answer;
   if (call.declines(answer)) return answer;
   void *sample_data = nullptr, *std_data = nullptr;

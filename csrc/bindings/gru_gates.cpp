@@ -99,7 +99,7 @@ py::object layernorm_gru_gates(py::handle pre, py::handle scale, py::handle shif
   if (!call.ok()) return py::none();
   View v;
   const void *sc = call.floats(scale, {3 * rows.D}, v), *sh = call.floats(shift, {3 * rows.D}, v);
-  const double epsilon = call.number(eps, 0, INFINITY);
+  const double epsilon = call.number(eps, 0, Call::kFinite);
   if (epsilon == 0) call.refuse();
   py::object answer;
   if (call.declines(answer)) return answer;

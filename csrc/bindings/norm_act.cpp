@@ -22,7 +22,7 @@ struct NormActTensors {
     View v;
     scale = call.floats(scale_, {D}, v);
     shift = shift_.is_none() ? nullptr : call.floats(shift_, {D}, v);
-    eps = call.number(eps_, 0, INFINITY);
+    eps = call.number(eps_, 0, Call::kFinite);
     if (!call.ok() || D < 1 || eps == 0 || !activation_of(act, activation) || !PyUnicode_Check(norm.ptr()))
       return false;
     layer = PyUnicode_CompareWithASCIIString(norm.ptr(), "layer") == 0;

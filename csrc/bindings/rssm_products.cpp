@@ -42,7 +42,7 @@ py::object rows_norm_act(py::handle x, py::handle scale, py::handle shift, py::h
   const void* x_data = call.first(x, 2);
   bool layer = false;
   pywm::Activation activation;
-  const double eps = call.number(eps_, 0, INFINITY);
+  const double eps = call.number(eps_, 0, Call::kFinite);
   if (!call.ok() || !read_norm(norm, layer) || !activation_of(act, activation)) return py::none();
   const int64_t M = call.size(0), D = call.size(1);
   View v;
@@ -68,7 +68,7 @@ py::object rows_norm_act_backward(py::handle grad, py::handle x, py::handle scal
   const void* x_data = call.first(x, 2);
   bool layer = false;
   pywm::Activation activation;
-  const double eps = call.number(eps_, 0, INFINITY);
+  const double eps = call.number(eps_, 0, Call::kFinite);
   if (!call.ok() || !read_norm(norm, layer) || !activation_of(act, activation)) return py::none();
   const int64_t M = call.size(0), D = call.size(1);
   View v;
@@ -141,7 +141,7 @@ py::object rows_layernorm_gru_gates(py::handle pre, py::handle scale, py::handle
   Call call("layernorm_gru_gates", true);
   Operands read{call};
   const void* deter_data = call.first(deter, 2);
-  const double eps = call.number(eps_, 0, INFINITY);
+  const double eps = call.number(eps_, 0, Call::kFinite);
   if (!call.ok()) return py::none();
   const int64_t M = call.size(0), D = call.size(1);
   const void *p = read.floats(pre, 3 * M * D), *s = read.floats(scale, 3 * D), *b = read.floats(shift, 3 * D);
@@ -161,7 +161,7 @@ py::object rows_layernorm_gru_gates_backward(py::handle grad, py::handle pre, py
   Call call("layernorm_gru_gates_backward", true);
   Operands read{call};
   const void* deter_data = call.first(deter, 2);
-  const double eps = call.number(eps_, 0, INFINITY);
+  const double eps = call.number(eps_, 0, Call::kFinite);
   if (!call.ok()) return py::none();
   const int64_t M = call.size(0), D = call.size(1);
   const void *g = read.floats(grad, M * D), *p = read.floats(pre, 3 * M * D), *s = read.floats(scale, 3 * D),

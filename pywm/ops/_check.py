@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 KERNEL_DTYPES = (torch.float32, torch.float64)
 FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float16, torch.bfloat16)
@@ -27,6 +28,10 @@ def tensor(function: str, name: str, x: object, dtypes: Sequence[torch.dtype] = 
     """Check that ``x`` is an ordinary dense tensor of one of ``dtypes``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{function}: {name} is a {type(x).__name__}, but a torch.Tensor was expected")
+    if isinstance(x, UninitializedParameter | UninitializedBuffer):
+        raise TypeError(f"{function}: {name} is an {type(x).__name__}, but data was expected")
+    if type(x).__name__ == "MaskedTensor":  # its data has holes; torch imports its class on demand
+        raise TypeError(f"{function}: {name} is a MaskedTensor, but a dense (strided) tensor was expected")
     if x.layout is not torch.strided or x.is_quantized or x.is_nested:
         kind = "quantized" if x.is_quantized else "nested" if x.is_nested else str(x.layout)
         raise TypeError(f"{function}: {name} is {kind}, but a dense (strided) tensor was expected")
@@ -154,16 +159,18 @@ def number(
     high: float = math.inf,
     *,
     exclusive_low: bool = False,
+    finite: bool = False,
 ) -> float:
-    """Check that ``x`` is a real number in [low, high], or (low, high] with ``exclusive_low``."""
+    """Check that ``x`` is a real number in [low, high], or (low, high] with ``exclusive_low``; ``finite``: not infinite."""
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
         raise TypeError(f"{function}: {name} is a {type(x).__name__}, but a number was expected")
     try:
         value, shown = float(x), str(x)
     except OverflowError:
         value, shown = math.nan, "an integer beyond the range of floats"
-    if not ((low < value if exclusive_low else low <= value) and value <= high):
-        opening, closing = "(" if exclusive_low else "[", ")" if high == math.inf else "]"
+    above, below = low < value if exclusive_low else low <= value, value < high if finite else value <= high
+    if not (above and below):
+        opening, closing = "(" if exclusive_low else "[", ")" if finite else "]"
         raise ValueError(
             f"{function}: {name} is {shown}, but a number in {opening}{low:g}, {high:g}{closing} was expected"
         )

@@ -70,9 +70,9 @@ def adam_step_(
         raise TypeError(f"adam_step_: step is a {type(step).__name__}, but an int was expected")
     if step < 1:
         raise ValueError(f"adam_step_: step is {step}, but a number from 1 on was expected")
-    lr = _check.number("adam_step_", "lr", lr)
+    lr = _check.number("adam_step_", "lr", lr, finite=True)
     beta1, beta2 = _decay("beta1", beta1), _decay("beta2", beta2)
-    eps = _check.number("adam_step_", "eps", eps)
+    eps = _check.number("adam_step_", "eps", eps, finite=True)
     if max_grad_norm is not None:
         max_grad_norm = _check.number("adam_step_", "max_grad_norm", max_grad_norm)
     arguments = param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, max_grad_norm

@@ -80,7 +80,7 @@ def gaussian_sample(
     first = _check.tensor("gaussian_sample", "mean", mean)
     _check.same("gaussian_sample", "raw_std", raw_std, "mean", first)
     _check.same("gaussian_sample", "noise", noise, "mean", first)
-    least = _check.number("gaussian_sample", "min_std", min_std)
+    least = _check.number("gaussian_sample", "min_std", min_std, finite=True)
     if not _is_kind(kind):
         raise ValueError(f"gaussian_sample: kind is {kind!r}, but one of {', '.join(KINDS)} was expected")
     sigmoid2 = kind == "sigmoid2"

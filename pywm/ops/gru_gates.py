@@ -110,7 +110,7 @@ def layernorm_gru_gates(
     D = _check_rows("layernorm_gru_gates", deter, {"pre": (pre, 3)})
     _check.vector("layernorm_gru_gates", "scale", scale, 3 * D, "deter", deter)
     _check.vector("layernorm_gru_gates", "shift", shift, 3 * D, "deter", deter)
-    eps = _check.number("layernorm_gru_gates", "eps", eps, exclusive_low=True)
+    eps = _check.number("layernorm_gru_gates", "eps", eps, exclusive_low=True, finite=True)
     return _layernorm.dispatch(pre, scale, shift, deter, eps)
 
 

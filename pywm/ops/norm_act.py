@@ -92,7 +92,7 @@ def _check_call(x: object, scale: object, shift: object, norm: object, act: obje
         _check.vector("norm_act", "shift", shift, first.shape[-1], "x", first)
         if norm == "rms":
             raise ValueError("norm_act: shift is a tensor, but None was expected, as norm is rms")
-    return _check.number("norm_act", "eps", eps, exclusive_low=True)
+    return _check.number("norm_act", "eps", eps, exclusive_low=True, finite=True)
 
 
 def _fake(x, scale, shift, norm, act, eps):  # type: ignore[no-untyped-def]

@@ -122,13 +122,15 @@ def ppo_loss(
     """
     clip = _check.number("ppo_loss", "clip", clip, exclusive_low=True)
     if value_clip is None:
+        if old_value is not None and isinstance(value, Tensor):
+            _check.same("ppo_loss", "old_value", old_value, "value", value)
         old_value = None
     else:
         value_clip = _check.number("ppo_loss", "value_clip", value_clip)
         if old_value is None:
             raise ValueError("ppo_loss: old_value is None, but value_clip needs it")
-    value_coef = _check.number("ppo_loss", "value_coef", value_coef)
-    entropy_coef = _check.number("ppo_loss", "entropy_coef", entropy_coef)
+    value_coef = _check.number("ppo_loss", "value_coef", value_coef, finite=True)
+    entropy_coef = _check.number("ppo_loss", "entropy_coef", entropy_coef, finite=True)
     normalize_advantage = _check.flag("ppo_loss", "normalize_advantage", normalize_advantage)
     numbers = (
         clip,

@@ -518,8 +518,8 @@ define(
 )
 define(
     "rssm_observe_backward(Tensor? grad_deter, Tensor? grad_stats, Tensor? grad_stoch, Tensor embed, Tensor action, "
-    "Tensor is_first, Tensor deter0, Tensor stoch0, Tensor? noise, Tensor? classes, Tensor[] tensors, Tensor deter, Tensor stats, "
-    "Tensor stoch, Tensor u, Tensor cell1, Tensor cell2, Tensor o, int[] sizes, float[] numbers) -> Tensor[]",
+    "Tensor is_first, Tensor deter0, Tensor stoch0, Tensor? noise, Tensor? classes, Tensor[] tensors, Tensor deter, "
+    "Tensor stats, Tensor stoch, Tensor u, Tensor cell1, Tensor cell2, Tensor o, int[] sizes, float[] numbers) -> Tensor[]",
     _fake_backward,
     _backward,
 )

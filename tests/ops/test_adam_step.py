@@ -260,7 +260,7 @@ def _cases():
         ("beta1", 1.0, r"\[0, 1\)"),
         ("beta2", -0.1, r"\[0, 1\]"),
         ("eps", -1e-8, r"\[0, inf\)"),
-        ("max_grad_norm", -0.5, r"\[0, inf\)"),
+        ("max_grad_norm", -0.5, r"\[0, inf\]"),
     ):
         message = f"adam_step_: {name} is {value}, but a number in {expected} was expected"
         yield ValueError, message, (p, g, m, v), {**ok, name: value}

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 
 import pytest
 import torch
@@ -414,3 +415,39 @@ class TestBackend:
             assert pywm.backend(x).name == "reference"
             pywm.gae(x, x, x, mask, mask)
         assert _native.calls() == before
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_tensors_without_data_are_named(position):
+    names = ("reward", "value", "next_value")
+    tensors = [torch.zeros(3, 2) for _ in names]
+    masks = [torch.zeros(3, 2, dtype=torch.bool)] * 2
+    tensors[position] = torch.nn.parameter.UninitializedParameter()
+    message = f"gae: {names[position]} is an UninitializedParameter, but data was expected"
+    with pytest.raises(TypeError, match=message):
+        pywm.gae(*tensors, *masks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors[position] = torch.masked.masked_tensor(torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bool))
+    with pytest.raises(TypeError, match=f"gae: {names[position]} is a MaskedTensor, but a dense"):
+        pywm.gae(*tensors, *masks)
+
+
+def test_an_old_value_that_nobody_needs_is_looked_at_all_the_same():
+    dist = pywm.distributions.Categorical(torch.zeros(4, 2))
+    action, row = torch.zeros(4, dtype=torch.long), torch.zeros(4)
+    pywm.ppo_loss(dist, action, row, row, row, row, old_value=row)
+    with pytest.raises(TypeError, match="ppo_loss: old_value is a str"):
+        pywm.ppo_loss(dist, action, row, row, row, row, old_value="abc")
+    with pytest.raises(ValueError, match=r"ppo_loss: old_value is \(3,\), but \(4,\) was expected"):
+        pywm.ppo_loss(dist, action, row, row, row, row, old_value=row[1:])
+
+
+@pytest.mark.parametrize("name", ["value_coef", "entropy_coef"])
+def test_coefficients_are_finite(name):
+    dist = pywm.distributions.Categorical(torch.zeros(4, 2))
+    action, row = torch.zeros(4, dtype=torch.long), torch.zeros(4)
+    with pytest.raises(
+        ValueError, match=rf"ppo_loss: {name} is inf, but a number in \[0, inf\) was expected"
+    ):
+        pywm.ppo_loss(dist, action, row, row, row, row, **{name: float("inf")})
