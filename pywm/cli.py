@@ -161,7 +161,7 @@ def _train(argv: list[str]) -> int:
     base, options, note = _defaults(module, given)
     config, options, device = _parse_train(argv, given, base, options)
     assert given.env is not None
-    return _run_training(module, given, config, options, _device(device), note, argv)
+    return _run_training(module, given, config, options, _device("train", device), note, argv)
 
 
 def _defaults(module: Any, given: _Given) -> tuple[Any, Any, str]:
@@ -263,21 +263,30 @@ _PRESET_HELP = "settings made for a family of environments; by default the one t
 _DEVICE_HELP = "cpu, cuda, cuda:1; auto is the GPU where there is one"
 
 
-def _device(name: str) -> str:
+def _device(command: str, name: str) -> str:
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    expected = "but expected cpu, cuda or cuda:<number>"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"train: device is {name!r}, but expected cpu, cuda or cuda:<number>") from error
+        raise UserError(f"{command}: device is {name!r}, {expected}") from error
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise UserError(
-                f"device is {name!r}, but torch {torch.__version__} sees {count} GPUs; use --device cpu"
+                f"{command}: device is {name!r}, but torch {torch.__version__} sees {count} GPUs; use --device cpu"
             )
+    elif device.type != "cpu":
+        # torch knows the names of devices that are not here (mps, xpu), or that hold no data (meta).
+        try:
+            torch.zeros(1, device=device).cpu()
+        except Exception as error:  # each kind of device has another
+            raise UserError(
+                f"{command}: device is {name!r}, which torch {torch.__version__} cannot use here, {expected}"
+            ) from error
     return name
 
 
@@ -361,7 +370,7 @@ def _eval(argv: list[str]) -> int:
         arguments.run,
         num_envs=min(arguments.num_envs, arguments.episodes),
         which=arguments.checkpoint,
-        device=_device(arguments.device),
+        device=_device("eval", arguments.device),
         render_mode="rgb_array" if filming else None,
     )
     frames: list[Any] | None = [] if filming else None

@@ -92,6 +92,8 @@ def test_help_is_quick_and_the_module_runs() -> None:
         (("train", "tiny", "CartPole-v1", "--steps", "many"), "many"),
         (("train", "tiny", "CartPole-v1", "--device", "gpu"), "device is 'gpu', but expected cpu, cuda or"),
         (("train", "tiny", "CartPole-v1", "--device", "cuda:99"), "GPUs; use --device cpu"),
+        (("train", "tiny", "CartPole-v1", "--device", "meta"), "train: device is 'meta', which torch"),
+        (("train", "tiny", "CartPole-v1", "--device", "vulkan"), "cannot use here, but expected cpu, cuda or"),
         (("train", "tiny", "CartPole-v1", "--steps", "1.5e0"), "1.5e0"),
         (
             ("train", "tiny", "CartPole-v1", "--eval-episodes", "0"),
@@ -316,6 +318,8 @@ def test_eval_writes_a_gif(pywm: Commands, trained: Path) -> None:
         (("--video", "x.gif"), "eval: video is 'x.gif', but expected a file name that ends in .mp4"),
         (("--checkpoint", "step_00000001"), "no checkpoint 'step_00000001' in"),
         (("--device", "cuda:99"), "GPUs; use --device cpu"),
+        (("--device", "gpu"), "eval: device is 'gpu', but expected cpu, cuda or cuda:<number>"),
+        (("--device", "meta"), "eval: device is 'meta', which torch"),
     ],
 )
 def test_eval_refuses(argv: tuple[object, ...], message: str, pywm: Commands, trained: Path) -> None:
