@@ -72,6 +72,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
+    from pywm.ops import _native
+
+    if refused := _native.refused_setting():
+        raise UserError(refused)
     if not argv or argv[0] in ("-h", "--help", "help"):
         _out(_help())
         return 0
