@@ -42,11 +42,18 @@ _OWN_FILES = (
 
 
 def find_run(runs: Path | str, *, algo: str, env: str, seed: int) -> Path | None:
-    """Return the newest run of an environment, algorithm and seed, or None."""
+    """Return the newest run of an environment, algorithm and seed that has a checkpoint, or else the newest, or None."""
     parent = Path(runs) / _safe(env) / _safe(algo)
     found = sorted(parent.glob(f"{seed}-*"), key=lambda path: path.name)
     found = [path for path in found if path.is_dir()]
-    return found[-1] if found else None
+    if not found:
+        return None
+    # A newer one without may be a start that was killed; what there is to go on from lies before it.
+    saved = [path for path in found if checkpoint.list_checkpoints(path / "checkpoints")]
+    chosen = (saved or found)[-1]
+    if chosen != found[-1]:
+        log.warning("%s is newer, but has no checkpoint; taking %s", found[-1], chosen)
+    return chosen
 
 
 def read_run(folder: Path | str, *, will_make_env: bool = True) -> dict[str, Any]:

@@ -342,6 +342,20 @@ def test_resume_takes_the_newest_run_of_the_seed(pywm: Commands, tmp_path: Path)
     assert "resume: no run of tiny on CartPole-v1 with seed 2 below runs/" in missing.err
 
 
+def test_resume_passes_over_a_newer_run_without_a_checkpoint(pywm: Commands, tmp_path: Path) -> None:
+    good = Path(pywm(*TINY, "--steps", 40).out.strip())
+    empty = tmp_path / good.with_name("0-99991231-235959")
+    empty.mkdir()
+    (empty / "config.json").write_text((tmp_path / good / "config.json").read_text())
+    result = pywm(*TINY, "--resume", "--steps", 80)
+    assert result.code == 0, result.err
+    assert Path(result.out.strip()) == good
+    assert "resumed at 40 env steps" in result.err
+    assert (
+        result.err.count(f"{empty.relative_to(tmp_path)} is newer, but has no checkpoint; taking {good}") == 1
+    )
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_again(pywm: Commands, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = pywm.start(*TINY, "--run-dir", run, "--checkpoint-every", 10**6, "--sleep", 0.05)
