@@ -158,17 +158,21 @@ def prepare(
         log.warning("%s has no checkpoint yet; starting from the beginning", folder)
         return None
     # Before the checkpoint: when the configuration does not fit, its tensors would only puzzle.
-    if (folder / "config.json").exists():
-        old = read_run(folder)
-        for key in ("algo", "env", "seed"):
-            if old[key] != about[key]:
-                raise UserError(
-                    f"resume: {folder} is a run of {key} {old[key]!r}, but {about[key]!r} was asked for"
-                )
-        changes = configs.check_resume(old["config"], about["config"], may_change)
-        changes += configs.diff(old.get("run", {}), about["run"])
-        if changes:
-            log.warning("resume with other settings:\n%s", configs.table(changes))
+    if not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"resume: {folder / 'config.json'} is missing, but expected beside the checkpoints, for it holds the "
+            "settings that they were made with. Put it back, or start over with --fresh (what is there is kept aside)"
+        )
+    old = read_run(folder)
+    for key in ("algo", "env", "seed"):
+        if old[key] != about[key]:
+            raise UserError(
+                f"resume: {folder} is a run of {key} {old[key]!r}, but {about[key]!r} was asked for"
+            )
+    changes = configs.check_resume(old["config"], about["config"], may_change)
+    changes += configs.diff(old.get("run", {}), about["run"])
+    if changes:
+        log.warning("resume with other settings:\n%s", configs.table(changes))
     try:
         loaded = checkpoint.load(checkpoints)
     except CheckpointError as error:

@@ -399,6 +399,15 @@ def test_settings_that_shape_the_training_cannot_change_on_resume(
     assert checkpoint.load(undisturbed / "checkpoints").skipped == ()
 
 
+def test_settings_that_were_lost_are_not_replaced_by_the_preset_s(pywm: Commands, undisturbed: Path) -> None:
+    (undisturbed / "config.json").unlink()
+    result = pywm(*RESUME, undisturbed, "--steps", 320)
+    assert result.code == 2
+    assert f"resume: {undisturbed}/config.json is missing, but expected beside the checkpoints" in result.err
+    assert "resumed" not in result.err
+    assert not (undisturbed / "config.json").exists()
+
+
 def test_settings_that_may_change_are_shown(pywm: Commands, undisturbed: Path) -> None:
     result = pywm(*RESUME, undisturbed, "--lr", 0.5, "--steps", 200, "--checkpoint-every", 100)
     assert result.code == 0
