@@ -17,12 +17,23 @@ from pywm import config as configs
 from pywm.errors import CheckpointError, UserError
 from pywm.training import checkpoint, machine
 from pywm.training.checkpoint import Loaded
+from pywm.training.lock import LOCK_NAME
 from pywm.training.log import read_metrics
 
 if TYPE_CHECKING:
     from pywm.training.run import RunOptions
 
-__all__ = ["KEPT_OPTIONS", "choose", "describe", "find_run", "last_time", "move_aside", "prepare", "read_run"]
+__all__ = [
+    "KEPT_OPTIONS",
+    "choose",
+    "describe",
+    "discard",
+    "find_run",
+    "last_time",
+    "move_aside",
+    "prepare",
+    "read_run",
+]
 
 log = logging.getLogger(__name__)
 
@@ -212,6 +223,22 @@ def describe(folder: Path, about: dict[str, Any], command: str | None) -> None:
     _write_json(folder / "env.json", machine.facts())
     with open(folder / "command.txt", "a", encoding="utf-8") as file:
         file.write((command or f"# from Python: {Path(sys.argv[0]).name}") + "\n")
+
+
+def discard(folder: Path) -> bool:
+    """Remove a run directory in which nothing happened yet; one that holds anything of value stays.
+
+    Returns:
+        Whether it is gone.
+    """
+    metrics = folder / "metrics.jsonl"
+    if checkpoint.list_checkpoints(folder / "checkpoints") or (metrics.exists() and metrics.stat().st_size):
+        return False
+    known = {*_OWN_FILES, LOCK_NAME}
+    if any(path.name not in known for path in folder.iterdir()):
+        return False
+    shutil.rmtree(folder)
+    return True
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -356,6 +356,22 @@ def test_resume_passes_over_a_newer_run_without_a_checkpoint(pywm: Commands, tmp
     )
 
 
+def test_a_start_that_fails_at_once_leaves_no_directory(pywm: Commands, tmp_path: Path) -> None:
+    for place in ((), ("--run-dir", tmp_path / "new/run")):
+        failed = pywm(*TINY, *place, "--crash-at", 0)
+        assert failed.code == 1
+        assert "the tiny algorithm crashed" in failed.err
+        assert "held nothing yet and was removed" in failed.err
+    assert not list((tmp_path / "runs/CartPole-v1/tiny").iterdir())
+    assert not (tmp_path / "new/run").exists()
+    # One that was there before, and whatever somebody put into it, stays; so does a run with steps.
+    (tmp_path / "mine").mkdir()
+    assert pywm(*TINY, "--run-dir", "mine", "--crash-at", 0).code == 1
+    assert (tmp_path / "mine/log.txt").exists()
+    assert pywm(*TINY, "--run-dir", "later", "--crash-at", 16).code == 1
+    assert steps_of(tmp_path / "later") == [8]
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_again(pywm: Commands, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = pywm.start(*TINY, "--run-dir", run, "--checkpoint-every", 10**6, "--sleep", 0.05)

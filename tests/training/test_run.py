@@ -433,6 +433,31 @@ def test_a_failed_open_releases_the_directory(tmp_path: Path) -> None:
         pass
 
 
+def test_a_failed_open_leaves_no_directory_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory.machine, "facts", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        open_run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "old").mkdir()
+    with pytest.raises(ZeroDivisionError):
+        open_run(tmp_path / "old")
+    assert (tmp_path / "old/config.json").exists()
+
+
+def test_what_others_put_into_a_new_run_stays_when_it_fails(tmp_path: Path) -> None:
+
+    def work() -> None:
+        with open_run(tmp_path / "run") as run:
+            (run.dir / "notes.txt").write_text("mine")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work()
+    assert (tmp_path / "run/notes.txt").exists()
+
+
 @pytest.mark.parametrize(
     "text",
     [
