@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 
 from pywm.config import from_json, suggest
 from pywm.errors import PywmError, UserError
+from pywm.training.evaluate import MAX_STEPS
 
 __all__ = ["main"]
 
@@ -335,6 +336,8 @@ class _Eval:
     """the run's directory"""
     episodes: int = 20
     """how many to play"""
+    max_steps: int = MAX_STEPS
+    """the most agent decisions in an episode; one that goes on is an error of the environment (exit code 3)"""
     seed: int | None = None
     """of the environments; by default one that training did not use"""
     checkpoint: str = "latest"
@@ -358,9 +361,10 @@ def _eval(argv: list[str]) -> int:
     from pywm.training import checkpoint, report
     from pywm.training.directory import read_run
     from pywm.training.evaluate import EVAL_SEED, evaluate
+    from pywm.training.log import EpisodeLines
 
     arguments = _parse(_Eval, "pywm eval", argv)
-    for name in ("episodes", "num_envs"):
+    for name in ("episodes", "max_steps", "num_envs"):
         if getattr(arguments, name) < 1:
             raise UserError(f"eval: {name} is {getattr(arguments, name)}, but expected 1 or more")
     if arguments.seed is not None and not 0 <= arguments.seed < 2**31:
@@ -388,6 +392,8 @@ def _eval(argv: list[str]) -> int:
             seed=seed,
             greedy=not arguments.stochastic,
             frames=frames,
+            max_steps=arguments.max_steps,
+            progress=EpisodeLines(arguments.episodes).show,
         )
     finally:
         envs.close()
