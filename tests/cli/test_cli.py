@@ -359,6 +359,7 @@ def test_eval_writes_a_gif(pywm: Commands, trained: Path) -> None:
         (("--gif", "/dev/null/x.gif"), "eval: cannot write /dev/null/x.gif: "),
         (("--video", "x.gif"), "eval: video is 'x.gif', but expected a file name that ends in .mp4"),
         (("--checkpoint", "step_00000001"), "no checkpoint 'step_00000001' in"),
+        (("--checkpoint", "best"), "run/checkpoints; there are step_00000080"),
         (("--device", "cuda:99"), "GPUs; use --device cpu"),
         (("--device", "gpu"), "eval: device is 'gpu', but expected cpu, cuda or cuda:<number>"),
         (("--device", "meta"), "eval: device is 'meta', which torch"),
