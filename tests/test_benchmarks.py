@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
+
+from pywm.ops import _native
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -34,6 +39,16 @@ def script(tmp_path: Path) -> list[str]:
     fake.chmod(0o755)
     settings = {"OUT": tmp_path / "out", "WORK": tmp_path / "work", "PYTHON": fake}
     return ["env", *(f"{k}={v}" for k, v in settings.items()), "bash", str(BENCHMARKS / "gpu.sh"), "bench"]
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
 
 
 def wait_until_dead(pid: int, seconds: float = 5.0) -> None:
@@ -62,3 +77,28 @@ def test_an_interrupted_script_takes_its_phase_along(script: list[str], tmp_path
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 130
     wait_until_dead(int((tmp_path / "pid").read_text()))
+
+
+def test_references_are_not_timed_as_pywm(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = load("train", monkeypatch)
+    monkeypatch.setattr(train, "measure", lambda *_: pytest.fail("timed something"))
+    monkeypatch.setattr(_native, "_C", None)
+    monkeypatch.setattr(_native, "why_not", "no compiler; mend it with: a command")
+    with pytest.raises(
+        SystemExit, match=r"train\.py: pywm has no compiled kernels.*no compiler; mend it with: a command"
+    ):
+        train.main(train.Options())
+
+
+def test_the_pywm_that_is_timed_is_the_installed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = load("train", monkeypatch)
+    monkeypatch.setenv("PYTHONPATH", "somewhere")
+    paths: list[str] = []
+
+    def run(*_: object, env: dict[str, str], **__: object) -> SimpleNamespace:
+        paths.append(env["PYTHONPATH"])
+        return SimpleNamespace(stdout="[1.0, 2.0]\n")
+
+    monkeypatch.setattr(train.subprocess, "run", run)
+    train.measure("pywm", train.TASKS["cartpole"], 1, 0)
+    assert paths == ["somewhere"]  # and not a checkout before it, which may have no kernels
