@@ -536,8 +536,9 @@ def _bench(argv: list[str]) -> int:
     kind, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("ops", argv)
     if kind not in kinds:
         raise UserError(f"no benchmark {kind!r}.{suggest(kind, kinds)}")
-    script = Path(__file__).parent.parent / "benchmarks" / ("run.py" if kind == "ops" else f"{kind}.py")
-    if script.exists():
+    root = Path(__file__).parent.parent
+    script = root / "benchmarks" / ("run.py" if kind == "ops" else f"{kind}.py")
+    if _is_checkout(root) and script.exists():
         return subprocess.call([sys.executable, str(script), *rest])
     if kind != "ops":
         raise UserError(
@@ -546,6 +547,17 @@ def _bench(argv: list[str]) -> int:
     for line in _bench_ops():
         _out(line)
     return 0
+
+
+def _is_checkout(root: Path) -> bool:
+    """Whether a folder is pywm's own: site-packages may hold somebody else's ``benchmarks``."""
+    try:
+        return (
+            re.search(r'^name = "pywm"$', (root / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+            is not None
+        )
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _bench_ops() -> list[str]:

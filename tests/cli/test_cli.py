@@ -514,9 +514,28 @@ def test_a_checkout_s_benchmarks_get_their_arguments(
 ) -> None:
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks/run.py").write_text("import sys; print(sys.argv[1:]); sys.exit(5)")
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "pywm"\n')
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "pywm/cli.py"))
     assert cli.main(["bench", "ops", "--json", "x"]) == 5
     assert "['--json', 'x']" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("project", [None, '[project]\nname = "pywm-tools"\n'])
+def test_benchmarks_of_somebody_else_are_not_run(
+    project: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    for name in ("run", "peers"):
+        (tmp_path / f"benchmarks/{name}.py").write_text("print('somebody else was run')")
+    if project is not None:
+        (tmp_path / "pyproject.toml").write_text(project)
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "pywm/cli.py"))
+    monkeypatch.setattr(cli, "_bench_ops", lambda: ["ours"])
+    assert cli.main(["bench"]) == 0
+    assert cli.main(["bench", "peers"]) == 2
+    out, err = capfd.readouterr()
+    assert out == "ours\n"
+    assert "needs a checkout" in err
 
 
 # Doctor.
