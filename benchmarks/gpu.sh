@@ -95,6 +95,16 @@ phase_bench() {
   cd "$root" && "$PYTHON" benchmarks/gpu.py --json "$OUT/bench.json"
 }
 
+pid=
+watchdog=
+end_phase() {
+  [ -z "$pid" ] || kill -KILL -- -"$pid" -"$watchdog" 2>/dev/null
+  [ -z "$pid" ] || wait "$watchdog" 2>/dev/null
+  pid=
+}
+# A group of its own does not hear Ctrl-C.
+trap 'end_phase; exit 130' INT TERM
+
 results=()
 status=0
 for phase in "${phases[@]}"; do
@@ -112,16 +122,16 @@ for phase in "${phases[@]}"; do
   start=$SECONDS
   export -f "phase_$phase" arch
   export root work OUT PYTHON
-  # A child of its own, so that the limit ends everything the phase started.
-  ( phase_$phase ) >"$OUT/$phase.log" 2>&1 &
+  # A process group each, so that the limit ends everything the phase started, children of children too.
+  set -m
+  ( phase_$phase ) >"$OUT/$phase.log" 2>&1 </dev/null &
   pid=$!
-  ( sleep "${!limit}" && pkill -TERM -P $pid; kill -TERM $pid ) >/dev/null 2>&1 &
+  ( sleep "${!limit}" && kill -TERM -- -$pid ) >/dev/null 2>&1 &
   watchdog=$!
-  wait $pid
+  set +m
+  wait $pid 2>/dev/null
   code=$?
-  pkill -P $watchdog >/dev/null 2>&1
-  kill $watchdog >/dev/null 2>&1
-  wait $watchdog 2>/dev/null
+  end_phase
   seconds=$((SECONDS - start))
   if [ $code -eq 0 ]; then
     outcome=passed

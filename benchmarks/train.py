@@ -7,6 +7,9 @@
 
 The last table takes pywm apart: each line replaces one more fused call by the usual PyTorch code.
 
+Needs an environment in which pywm is installed and compiled, and for the rival ``pip install stable-baselines3``; without
+that one it is left out.
+
 Each run is a process of its own; rivals take turns, so that a busy machine is busy for all of them. Steps per second cover
 the training alone, not imports. All sides have the same network, environments, rollouts, minibatches and epochs.
 """
@@ -316,14 +319,8 @@ class Options:
 def measure(rival: str, task: Task, threads: int, seed: int) -> tuple[float, float]:
     """Run one training in a process of its own; return steps per second and the last return."""
     job = json.dumps([rival, vars(task), threads, seed])
-    root = str(Path(__file__).resolve().parents[1])
-    paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH")) if path)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": paths,
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-    }
+    # Its path is that of this process: the pywm that is timed is the one whose kernels were looked for.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     command = [sys.executable, "-W", "ignore", __file__, "--job", job]
     out = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds, score = json.loads(out.splitlines()[-1])
@@ -343,8 +340,13 @@ def work(job: str) -> None:
 
 
 def main(options: Options) -> None:
+    from pywm.ops import _native
     from pywm.training import machine
 
+    if not _native.has_backend("cpu"):
+        raise SystemExit(
+            f"train.py: pywm has no compiled kernels, but they are what is timed: {_native.why_not}"
+        )
     task = TASKS[options.task]
     if options.steps is not None:
         task = Task(**{**vars(task), "steps": options.steps})

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 
 from pywm.config import from_json, suggest
 from pywm.errors import PywmError, UserError
+from pywm.training.evaluate import MAX_STEPS
 
 __all__ = ["main"]
 
@@ -72,6 +73,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
+    from pywm.ops import _native
+
+    if refused := _native.refused_setting():
+        raise UserError(refused)
     if not argv or argv[0] in ("-h", "--help", "help"):
         _out(_help())
         return 0
@@ -161,7 +166,7 @@ def _train(argv: list[str]) -> int:
     base, options, note = _defaults(module, given)
     config, options, device = _parse_train(argv, given, base, options)
     assert given.env is not None
-    return _run_training(module, given, config, options, _device(device), note, argv)
+    return _run_training(module, given, config, options, _device("train", device), note, argv)
 
 
 def _defaults(module: Any, given: _Given) -> tuple[Any, Any, str]:
@@ -263,21 +268,30 @@ _PRESET_HELP = "settings made for a family of environments; by default the one t
 _DEVICE_HELP = "cpu, cuda, cuda:1; auto is the GPU where there is one"
 
 
-def _device(name: str) -> str:
+def _device(command: str, name: str) -> str:
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    expected = "but expected cpu, cuda or cuda:<number>"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"train: device is {name!r}, but expected cpu, cuda or cuda:<number>") from error
+        raise UserError(f"{command}: device is {name!r}, {expected}") from error
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise UserError(
-                f"device is {name!r}, but torch {torch.__version__} sees {count} GPUs; use --device cpu"
+                f"{command}: device is {name!r}, but torch {torch.__version__} sees {count} GPUs; use --device cpu"
             )
+    elif device.type != "cpu":
+        # torch knows the names of devices that are not here (mps, xpu), or that hold no data (meta).
+        try:
+            torch.zeros(1, device=device).cpu()
+        except Exception as error:  # each kind of device has another
+            raise UserError(
+                f"{command}: device is {name!r}, which torch {torch.__version__} cannot use here, {expected}"
+            ) from error
     return name
 
 
@@ -322,6 +336,8 @@ class _Eval:
     """the run's directory"""
     episodes: int = 20
     """how many to play"""
+    max_steps: int = MAX_STEPS
+    """the most agent decisions in an episode; one that goes on is an error of the environment (exit code 3)"""
     seed: int | None = None
     """of the environments; by default one that training did not use"""
     checkpoint: str = "latest"
@@ -345,9 +361,10 @@ def _eval(argv: list[str]) -> int:
     from pywm.training import checkpoint, report
     from pywm.training.directory import read_run
     from pywm.training.evaluate import EVAL_SEED, evaluate
+    from pywm.training.log import EpisodeLines
 
     arguments = _parse(_Eval, "pywm eval", argv)
-    for name in ("episodes", "num_envs"):
+    for name in ("episodes", "max_steps", "num_envs"):
         if getattr(arguments, name) < 1:
             raise UserError(f"eval: {name} is {getattr(arguments, name)}, but expected 1 or more")
     if arguments.seed is not None and not 0 <= arguments.seed < 2**31:
@@ -361,7 +378,7 @@ def _eval(argv: list[str]) -> int:
         arguments.run,
         num_envs=min(arguments.num_envs, arguments.episodes),
         which=arguments.checkpoint,
-        device=_device(arguments.device),
+        device=_device("eval", arguments.device),
         render_mode="rgb_array" if filming else None,
     )
     frames: list[Any] | None = [] if filming else None
@@ -375,6 +392,8 @@ def _eval(argv: list[str]) -> int:
             seed=seed,
             greedy=not arguments.stochastic,
             frames=frames,
+            max_steps=arguments.max_steps,
+            progress=EpisodeLines(arguments.episodes).show,
         )
     finally:
         envs.close()
@@ -517,8 +536,9 @@ def _bench(argv: list[str]) -> int:
     kind, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("ops", argv)
     if kind not in kinds:
         raise UserError(f"no benchmark {kind!r}.{suggest(kind, kinds)}")
-    script = Path(__file__).parent.parent / "benchmarks" / ("run.py" if kind == "ops" else f"{kind}.py")
-    if script.exists():
+    root = Path(__file__).parent.parent
+    script = root / "benchmarks" / ("run.py" if kind == "ops" else f"{kind}.py")
+    if _is_checkout(root) and script.exists():
         return subprocess.call([sys.executable, str(script), *rest])
     if kind != "ops":
         raise UserError(
@@ -527,6 +547,17 @@ def _bench(argv: list[str]) -> int:
     for line in _bench_ops():
         _out(line)
     return 0
+
+
+def _is_checkout(root: Path) -> bool:
+    """Whether a folder is pywm's own: site-packages may hold somebody else's ``benchmarks``."""
+    try:
+        return (
+            re.search(r'^name = "pywm"$', (root / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+            is not None
+        )
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _bench_ops() -> list[str]:

@@ -24,7 +24,7 @@ from gymnasium.vector.utils import batch_space
 from pywm.envs.make import EnvLike, make
 from pywm.envs.restore import can_restore
 from pywm.envs.spaces import ActionCheck, ObsLayout, split_keys
-from pywm.envs.vector import Envs, default_name
+from pywm.envs.vector import Envs, default_name, old_interface
 
 __all__ = ["Check", "Report", "check_env", "check_vector_env"]
 
@@ -119,7 +119,8 @@ def _run(report: Report, name: str, check: Callable[[], str]) -> None:
         report.checks.append(Check(name, "skipped", str(skip)))
     except Exception as error:
         text = str(error).strip().split("\n")[0]
-        report.checks.append(Check(name, "failed", f"raised {type(error).__name__}: {text}"))
+        text = f"raised {type(error).__name__}: {text}{old_interface(error)}"
+        report.checks.append(Check(name, "failed", text))
 
 
 def check_env(

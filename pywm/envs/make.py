@@ -18,6 +18,7 @@ import gymnasium
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 import pywm.envs.toy  # noqa: F401  (registers our own environments)
+from pywm.config import suggest
 from pywm.envs.atari import Atari
 from pywm.envs.cartpole import CartPole
 from pywm.envs.vector import Envs, missing_extra
@@ -136,7 +137,7 @@ def _from_id(
         if callable(factory):
             build = functools.partial(_call, factory, env_id, render_mode, max_episode_steps, kwargs)
             return _sync(build, count, env_id)
-        raise UserError(_unknown(name))
+        raise UserError(_unknown_in(module, name) or _unknown(name))
 
     if name.startswith("ALE/"):
         if max_episode_steps is not None:
@@ -307,6 +308,29 @@ def _unknown(name: str) -> str:
         f"No env {name!r}. The closest are {', '.join(close)}. "
         'Write "my_pkg:MyEnv-v0" for an environment that the package my_pkg registers'
     )
+
+
+def _unknown_in(module: str, name: str) -> str:
+    """Say that a module has no such environment, and which it has; "" where it has none at all, or there is no module."""
+    if not module:
+        return ""
+    package = module.partition(".")[0]
+    own = {
+        i
+        for i, spec in gymnasium.registry.items()
+        if _module_of(spec.entry_point).partition(".")[0] == package
+    }
+    for key, value in vars(sys.modules[module]).items():
+        is_env = inspect.isclass(value) and issubclass(value, gymnasium.Env)
+        if is_env and not key.startswith("_") and not value.__module__.startswith("gymnasium."):
+            own.add(key)
+    return f"No env {name!r} in the module {module!r}.{suggest(name, own)}" if own else ""
+
+
+def _module_of(entry_point: Any) -> str:
+    if isinstance(entry_point, str):
+        return entry_point.partition(":")[0]
+    return getattr(entry_point, "__module__", None) or ""
 
 
 def _base(name: str) -> str:

@@ -207,7 +207,7 @@ class Envs:
         index = _failed_index(error)
         which = self.name if index is None else f"environment {index} of {self.name}"
         return missing_extra(error, self.name) or EnvError(
-            f"{which} raised {type(error).__name__} in {where}: {error}"
+            f"{which} raised {type(error).__name__} in {where}: {error}{old_interface(error)}"
         )
 
     def get_state(self) -> State | None:
@@ -328,6 +328,22 @@ EXTRAS = {
     "minigrid": "minigrid",
     "crafter": "crafter",
 }
+
+
+def old_interface(error: Exception) -> str:
+    """Return a hint at what gymnasium changed where its own code could not unpack what an environment returned, or ""."""
+    if not isinstance(error, ValueError) or "values to unpack" not in str(error):
+        return ""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    if not where.startswith(("gymnasium.", "pywm.envs.")):  # somebody else's mistake, about something else
+        return ""
+    return (
+        ". Expected gymnasium's interface: step() returns obs, reward, terminated, truncated, info, and reset() "
+        "obs, info (in the old gym: obs, reward, done, info, and obs)"
+    )
 
 
 def _failed_index(error: Exception) -> int | None:

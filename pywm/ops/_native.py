@@ -11,9 +11,11 @@ import logging
 import re
 import shlex
 import struct
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, overload
@@ -42,6 +44,8 @@ def _load() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if reason.startswith("PYWM_"):  # a setting that the module refuses is the user's to mend
+            if _in_the_command():
+                return None, reason
             raise ValueError(f"pywm: {reason}") from None
         return None, f"the compiled module does not load ({reason}); mend it with: {mend()}"
     found = getattr(module, "__version__", None)
@@ -49,6 +53,19 @@ def _load() -> tuple[ModuleType | None, str]:
         what = f"the compiled module is of version {found}, the package of {__version__}"
         return None, f"{what}; mend it with: {mend()}"
     return module, ""
+
+
+def _in_the_command() -> bool:
+    """Whether this process is the command ``pywm``, which complains in one line where an import has a traceback."""
+    name = getattr(sys, "argv", [""])[0]
+    if name == "-m":  # Python is still looking for the module, in this package
+        return ("-m", "pywm") in pairwise(sys.orig_argv)
+    return Path(name).stem == "pywm"
+
+
+def refused_setting() -> str:
+    """Return why the compiled module refuses a setting of the user's, or "" where it does not."""
+    return why_not if why_not.startswith("PYWM_") else ""
 
 
 def mend() -> str:

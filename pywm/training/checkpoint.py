@@ -411,7 +411,8 @@ def load(root: Path | str, *, which: str = "latest") -> Loaded:
         which: ``"latest"``, ``"best"``, or the name of a step directory (then nothing else is tried).
 
     Raises:
-        CheckpointError: there is none, or none is valid; the message names every file at fault.
+        CheckpointError: there is none, or none of that name, or none is valid; the message names what is there, or
+            every file at fault.
     """
     root = Path(root)
     if root.is_file():
@@ -422,14 +423,15 @@ def load(root: Path | str, *, which: str = "latest") -> Loaded:
     candidates = list_checkpoints(root)[::-1]
     if not candidates:
         raise CheckpointError(f"no checkpoint in {root}")
-    if which == "best":
-        best = _pointer(root, "BEST")
-        candidates.sort(key=lambda path: path.name != best)
-    elif which != "latest":
-        if which not in {path.name for path in candidates}:
+    if which != "latest":
+        name = _pointer(root, "BEST") if which == "best" else which
+        if name not in {path.name for path in candidates}:
             names = ", ".join(path.name for path in candidates)
             raise CheckpointError(f"no checkpoint {which!r} in {root}; there are {names}")
-        candidates = [root / which]
+        if which == "best":
+            candidates.sort(key=lambda path: path.name != name)
+        else:
+            candidates = [root / which]
 
     skipped: list[tuple[Path, str]] = []
     for i, path in enumerate(candidates):

@@ -17,12 +17,23 @@ from pywm import config as configs
 from pywm.errors import CheckpointError, UserError
 from pywm.training import checkpoint, machine
 from pywm.training.checkpoint import Loaded
+from pywm.training.lock import LOCK_NAME
 from pywm.training.log import read_metrics
 
 if TYPE_CHECKING:
     from pywm.training.run import RunOptions
 
-__all__ = ["KEPT_OPTIONS", "choose", "describe", "find_run", "last_time", "move_aside", "prepare", "read_run"]
+__all__ = [
+    "KEPT_OPTIONS",
+    "choose",
+    "describe",
+    "discard",
+    "find_run",
+    "last_time",
+    "move_aside",
+    "prepare",
+    "read_run",
+]
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +53,18 @@ _OWN_FILES = (
 
 
 def find_run(runs: Path | str, *, algo: str, env: str, seed: int) -> Path | None:
-    """Return the newest run of an environment, algorithm and seed, or None."""
+    """Return the newest run of an environment, algorithm and seed that has a checkpoint, or else the newest, or None."""
     parent = Path(runs) / _safe(env) / _safe(algo)
     found = sorted(parent.glob(f"{seed}-*"), key=lambda path: path.name)
     found = [path for path in found if path.is_dir()]
-    return found[-1] if found else None
+    if not found:
+        return None
+    # A newer one without may be a start that was killed; what there is to go on from lies before it.
+    saved = [path for path in found if checkpoint.list_checkpoints(path / "checkpoints")]
+    chosen = (saved or found)[-1]
+    if chosen != found[-1]:
+        log.warning("%s is newer, but has no checkpoint; taking %s", found[-1], chosen)
+    return chosen
 
 
 def read_run(folder: Path | str, *, will_make_env: bool = True) -> dict[str, Any]:
@@ -151,17 +169,21 @@ def prepare(
         log.warning("%s has no checkpoint yet; starting from the beginning", folder)
         return None
     # Before the checkpoint: when the configuration does not fit, its tensors would only puzzle.
-    if (folder / "config.json").exists():
-        old = read_run(folder)
-        for key in ("algo", "env", "seed"):
-            if old[key] != about[key]:
-                raise UserError(
-                    f"resume: {folder} is a run of {key} {old[key]!r}, but {about[key]!r} was asked for"
-                )
-        changes = configs.check_resume(old["config"], about["config"], may_change)
-        changes += configs.diff(old.get("run", {}), about["run"])
-        if changes:
-            log.warning("resume with other settings:\n%s", configs.table(changes))
+    if not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"resume: {folder / 'config.json'} is missing, but expected beside the checkpoints, for it holds the "
+            "settings that they were made with. Put it back, or start over with --fresh (what is there is kept aside)"
+        )
+    old = read_run(folder)
+    for key in ("algo", "env", "seed"):
+        if old[key] != about[key]:
+            raise UserError(
+                f"resume: {folder} is a run of {key} {old[key]!r}, but {about[key]!r} was asked for"
+            )
+    changes = configs.check_resume(old["config"], about["config"], may_change)
+    changes += configs.diff(old.get("run", {}), about["run"])
+    if changes:
+        log.warning("resume with other settings:\n%s", configs.table(changes))
     try:
         loaded = checkpoint.load(checkpoints)
     except CheckpointError as error:
@@ -201,6 +223,22 @@ def describe(folder: Path, about: dict[str, Any], command: str | None) -> None:
     _write_json(folder / "env.json", machine.facts())
     with open(folder / "command.txt", "a", encoding="utf-8") as file:
         file.write((command or f"# from Python: {Path(sys.argv[0]).name}") + "\n")
+
+
+def discard(folder: Path) -> bool:
+    """Remove a run directory in which nothing happened yet; one that holds anything of value stays.
+
+    Returns:
+        Whether it is gone.
+    """
+    metrics = folder / "metrics.jsonl"
+    if checkpoint.list_checkpoints(folder / "checkpoints") or (metrics.exists() and metrics.stat().st_size):
+        return False
+    known = {*_OWN_FILES, LOCK_NAME}
+    if any(path.name not in known for path in folder.iterdir()):
+        return False
+    shutil.rmtree(folder)
+    return True
 
 
 def _write_json(path: Path, value: Any) -> None:

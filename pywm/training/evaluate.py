@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from pywm.errors import EnvError
 from pywm.types import Obs, StepOut
 
-__all__ = ["EVAL_SEED", "Evaluation", "evaluate"]
+__all__ = ["EVAL_SEED", "MAX_STEPS", "Evaluation", "evaluate"]
 
 # Evaluations see the same starts every time, far from the seeds that people give to training.
 EVAL_SEED = 1_000_003
+# Agent decisions in an episode. Atari's longest take 27,000; what goes on for longer has most likely no end.
+MAX_STEPS = 100_000
 
 
 class _Agent(Protocol):
@@ -63,6 +67,8 @@ def evaluate(
     seed: int,
     greedy: bool = True,
     frames: list[np.ndarray] | None = None,
+    max_steps: int = MAX_STEPS,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Play ``episodes`` episodes from fresh resets.
 
@@ -75,24 +81,39 @@ def evaluate(
         seed: the environments' reset seed.
         greedy: act without exploration.
         frames: when given, pictures of the first environment's first episode are appended.
+        max_steps: agent decisions after which an episode counts as endless.
+        progress: called after every step with the number of finished episodes and of agent decisions.
 
     Raises:
-        ValueError: ``episodes`` is less than 1.
+        ValueError: ``episodes`` or ``max_steps`` is less than 1.
+        EnvError: an episode did not end within ``max_steps``.
     """
-    if episodes < 1:
-        raise ValueError(f"evaluate: episodes is {episodes}, but expected 1 or more")
+    for name, count in (("episodes", episodes), ("max_steps", max_steps)):
+        if count < 1:
+            raise ValueError(f"evaluate: {name} is {count}, but expected 1 or more")
     N = envs.num_envs
     share = [episodes // N + (n < episodes % N) for n in range(N)]
     finished: list[list[Any]] = [[] for _ in range(N)]
     envs.episodes()  # what an earlier use left behind
     obs, state = envs.reset(seed), None
+    steps, began = 0, [0] * N
     _record(envs, frames, wanted=True)
     while any(len(done) < want for done, want in zip(finished, share, strict=True)):
         action, state = agent.act(obs, state, greedy=greedy)
         obs = envs.step(action).obs
+        steps += 1
         for episode in envs.episodes():
+            began[episode.env_index] = steps
             if len(finished[episode.env_index]) < share[episode.env_index]:
                 finished[episode.env_index].append(episode)
+        for n in range(N):
+            if steps - began[n] >= max_steps and len(finished[n]) < share[n]:
+                raise EnvError(
+                    f"evaluate: an episode has not ended after {max_steps:,} steps (max_steps), but expected to end. "
+                    "Give the environment a time limit (max_episode_steps), or its episodes more steps"
+                )
+        if progress is not None:
+            progress(sum(map(len, finished)), steps * N)
         _record(envs, frames, wanted=not finished[0] and share[0] > 0)
     played = [episode for done in finished for episode in done]
     returns = np.array([episode.return_ for episode in played], dtype=np.float64)

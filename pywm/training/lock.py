@@ -12,7 +12,9 @@ from pathlib import Path
 
 from pywm.errors import UserError
 
-__all__ = ["RunLock"]
+__all__ = ["LOCK_NAME", "RunLock"]
+
+LOCK_NAME = ".lock"
 
 _held: set[str] = set()
 _guard = threading.Lock()
@@ -29,7 +31,7 @@ class RunLock:
     """
 
     def __init__(self, folder: Path):
-        self._path = folder / ".lock"
+        self._path = folder / LOCK_NAME
         self._key = str(folder.resolve())
         with _guard:
             # Record locks do not conflict within one process.

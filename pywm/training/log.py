@@ -17,6 +17,7 @@ from torch import Tensor
 from pywm.errors import require_extra
 
 __all__ = [
+    "EpisodeLines",
     "JsonlWriter",
     "LivePanel",
     "PlainLines",
@@ -258,6 +259,29 @@ class PlainLines:
 
     def close(self) -> None:
         """Do nothing: there is no terminal to give back."""
+
+
+class EpisodeLines:
+    """One line every ten seconds while episodes are played, through logging.
+
+    Args:
+        episodes: how many there will be.
+        seconds: between two lines.
+    """
+
+    def __init__(self, episodes: int, seconds: float = PLAIN_SECONDS):
+        self._episodes, self._seconds = episodes, seconds
+        self._began = time.monotonic()
+        self._next = self._began + seconds
+
+    def show(self, finished: int, steps: int) -> None:
+        """Log one line if it is time to."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + self._seconds
+        rate = steps / (now - self._began)
+        log.info("%d/%d episodes   %s steps   %s/s", finished, self._episodes, f"{steps:,}", f"{rate:,.0f}")
 
 
 class LivePanel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -101,7 +102,7 @@ class Curve(NamedTuple):
 
 
 def find_runs(paths: Sequence[Path | str]) -> list[Path]:
-    """List the run directories at or below the given paths.
+    """List the run directories at or below the given paths; an earlier attempt put aside only where it is named.
 
     Raises:
         UserError: a path does not exist or holds no run.
@@ -111,11 +112,15 @@ def find_runs(paths: Sequence[Path | str]) -> list[Path]:
         if not path.exists():
             raise UserError(f"plot: {path} does not exist")
         runs = sorted(config.parent for config in path.rglob("config.json"))
-        runs = [run for run in runs if (run / "metrics.jsonl").exists() and "previous-" not in run.name]
+        runs = [run for run in runs if (run / "metrics.jsonl").exists() and not _is_aside(run, path)]
         if not runs:
             raise UserError(f"plot: no run (a directory with config.json and metrics.jsonl) in {path}")
         found += [run for run in runs if run not in found]
     return found
+
+
+def _is_aside(run: Path, path: Path) -> bool:
+    return any(re.fullmatch(r"previous-\d+", part) for part in run.relative_to(path).parts)
 
 
 def curves(paths: Sequence[Path | str], *, metric: str = "return/mean", x: str = "env_steps") -> list[Curve]:

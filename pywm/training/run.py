@@ -235,6 +235,7 @@ class Run:
         sinks: Iterable[Sink],
         lock: RunLock,
         file_log: _FileLog,
+        is_new: bool,
     ):
         self.dir = folder
         self.options = options
@@ -243,6 +244,7 @@ class Run:
         self.resume_command = resume_command
         self._seed = seed
         self._lock = lock
+        self._is_new = is_new
         self._sinks = list(sinks)
         self._pid = os.getpid()
         self._stop = False
@@ -311,9 +313,12 @@ class Run:
             require_extra("tensorboard", "tb")
         if options.wandb:
             require_extra("wandb", "wandb")
+        is_new = options.run_dir is None and not options.resume
         folder = directory.choose(options, algo, env, seed)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            if not folder.is_dir():
+                folder.mkdir(parents=True, exist_ok=True)
+                is_new = True
             lock = RunLock(folder)
         except OSError as error:
             raise UserError(f"cannot use the run directory {folder}: {error}") from error
@@ -350,10 +355,13 @@ class Run:
                 sinks=sinks,
                 lock=lock,
                 file_log=file_log,
+                is_new=is_new,
             )
         except BaseException as error:
             if file_log is not None:
                 file_log.detach()
+            if is_new:
+                _discard(folder)
             lock.release()
             if isinstance(error, OSError) and not isinstance(error, UserError):
                 raise UserError(f"cannot use the run directory {folder}: {error}") from error
@@ -577,6 +585,9 @@ class Run:
                 sink.close()
             self._metrics.close()
             self._file_log.detach()
+            # A start that failed at once: --resume must not find it in the place of an earlier run.
+            if error is not None and self._is_new and _discard(self.dir):
+                log.warning("%s held nothing yet and was removed", self.dir)
             self._lock.release()
 
     def _explain(self, error: BaseException | None) -> None:
@@ -684,6 +695,15 @@ class NullRun(Run):
 
     def __exit__(self, *exc: object) -> None:
         """Do nothing."""
+
+
+def _discard(folder: Path) -> bool:
+    """Remove what a failed start has made, unless it is worth something; its own error is the one to show."""
+    try:
+        return directory.discard(folder)
+    except OSError as error:
+        log.warning("cannot remove %s: %s", folder, error)
+        return False
 
 
 class _FileLog(logging.Handler):

@@ -7,7 +7,7 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,11 @@ def test_help_is_quick_and_the_module_runs() -> None:
         (("train", "tiny", "CartPole-v1", "--steps", "many"), "many"),
         (("train", "tiny", "CartPole-v1", "--device", "gpu"), "device is 'gpu', but expected cpu, cuda or"),
         (("train", "tiny", "CartPole-v1", "--device", "cuda:99"), "GPUs; use --device cpu"),
+        (("train", "tiny", "CartPole-v1", "--device", "meta"), "train: device is 'meta', which torch"),
+        (
+            ("train", "tiny", "CartPole-v1", "--device", "vulkan"),
+            "cannot use here, but expected cpu, cuda or",
+        ),
         (("train", "tiny", "CartPole-v1", "--steps", "1.5e0"), "1.5e0"),
         (
             ("train", "tiny", "CartPole-v1", "--eval-episodes", "0"),
@@ -270,6 +275,18 @@ def _has(module: str) -> bool:
 # Eval.
 
 
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The stand-in for an algorithm, in this process."""
+    from pywm import algos
+
+    folder = Path(__file__).parents[1] / "training/algos"
+    monkeypatch.setattr(algos, "__path__", [*algos.__path__, str(folder)])
+    assert "tiny" in algos.algorithms()
+    yield
+    sys.modules.pop("pywm.algos.tiny", None)
+
+
 def test_eval_prints_one_json_object(pywm: Commands, trained: Path) -> None:
     result = pywm("eval", trained, "--episodes", 3, "--json", "--seed", 5)
     assert result.code == 0, explain(result)
@@ -291,6 +308,32 @@ def test_eval_speaks_to_people_too(pywm: Commands, trained: Path) -> None:
     assert "over 2 episodes" in result.out
 
 
+def test_eval_stops_where_no_episode_ends(pywm: Commands, trained: Path) -> None:
+    import shutil
+
+    shutil.copytree(trained, pywm.folder / "run")
+    path = pywm.folder / "run/config.json"
+    path.write_text(path.read_text().replace("CartPole-v1", "my_pkg:Endless"))
+    (pywm.folder / "my_pkg.py").write_text(BROKEN.replace("Broken", "Endless").replace("== 9", "< 0"))
+    result = pywm("eval", "run", "--episodes", 2, "--max-steps", "5e2")
+    assert result.code == 3, explain(result)
+    assert result.err.startswith("pywm: evaluate: an episode has not ended after 500 steps (max_steps)")
+    assert result.out == ""
+
+
+def test_eval_tells_on_stderr_how_it_goes(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: None
+) -> None:
+    from pywm.training.log import EpisodeLines
+
+    monkeypatch.setattr(EpisodeLines.__init__, "__defaults__", (0.0,))  # a line after each step
+    assert cli.main(["eval", str(trained), "--episodes", "2", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["episodes"] == 2
+    assert err.startswith("0/2 episodes   2 steps   ")
+    assert "1/2 episodes" in err
+
+
 def test_eval_writes_a_gif(pywm: Commands, trained: Path) -> None:
     pytest.importorskip("pygame")
     for name in ("a.gif", "new/folder/a.gif"):
@@ -309,13 +352,17 @@ def test_eval_writes_a_gif(pywm: Commands, trained: Path) -> None:
     ("argv", "message"),
     [
         (("--episodes", 0), "eval: episodes is 0, but expected 1 or more"),
+        (("--max-steps", 0), "eval: max_steps is 0, but expected 1 or more"),
         (("--num-envs", 0), "eval: num_envs is 0, but expected 1 or more"),
         (("--seed", -1), "eval: seed is -1, but expected a number in [0, 2147483647]"),
         (("--gif", "x.foo"), "eval: gif is 'x.foo', but expected a file name that ends in .gif"),
         (("--gif", "/dev/null/x.gif"), "eval: cannot write /dev/null/x.gif: "),
         (("--video", "x.gif"), "eval: video is 'x.gif', but expected a file name that ends in .mp4"),
         (("--checkpoint", "step_00000001"), "no checkpoint 'step_00000001' in"),
+        (("--checkpoint", "best"), "run/checkpoints; there are step_00000080"),
         (("--device", "cuda:99"), "GPUs; use --device cpu"),
+        (("--device", "gpu"), "eval: device is 'gpu', but expected cpu, cuda or cuda:<number>"),
+        (("--device", "meta"), "eval: device is 'meta', which torch"),
     ],
 )
 def test_eval_refuses(argv: tuple[object, ...], message: str, pywm: Commands, trained: Path) -> None:
@@ -401,19 +448,11 @@ def test_a_run_in_an_environment_of_one_s_own_is_evaluated_and_resumed(pywm: Com
     assert "resumed at 16" in again.err
 
 
-def test_load_gives_agent_and_environment_in_three_lines(
-    trained: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
+def test_load_gives_agent_and_environment_in_three_lines(trained: Path, tiny: None) -> None:
     import gymnasium
 
     import pywm
-    from pywm import algos
     from pywm.training import checkpoint
-
-    folder = Path(__file__).parents[1] / "training/algos"
-    monkeypatch.setattr(algos, "__path__", [*algos.__path__, str(folder)])
-    request.addfinalizer(lambda: sys.modules.pop("pywm.algos.tiny", None))
-    assert "tiny" in algos.algorithms()
 
     agent, env = pywm.load(trained)
     obs, state = env.reset(seed=0), None
@@ -475,9 +514,28 @@ def test_a_checkout_s_benchmarks_get_their_arguments(
 ) -> None:
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks/run.py").write_text("import sys; print(sys.argv[1:]); sys.exit(5)")
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "pywm"\n')
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "pywm/cli.py"))
     assert cli.main(["bench", "ops", "--json", "x"]) == 5
     assert "['--json', 'x']" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("project", [None, '[project]\nname = "pywm-tools"\n'])
+def test_benchmarks_of_somebody_else_are_not_run(
+    project: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    for name in ("run", "peers"):
+        (tmp_path / f"benchmarks/{name}.py").write_text("print('somebody else was run')")
+    if project is not None:
+        (tmp_path / "pyproject.toml").write_text(project)
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "pywm/cli.py"))
+    monkeypatch.setattr(cli, "_bench_ops", lambda: ["ours"])
+    assert cli.main(["bench"]) == 0
+    assert cli.main(["bench", "peers"]) == 2
+    out, err = capfd.readouterr()
+    assert out == "ours\n"
+    assert "needs a checkout" in err
 
 
 # Doctor.

@@ -22,7 +22,9 @@ from pywm.types import StepOut
 MODES = [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED]
 
 
-def play(envs: Envs, steps: int) -> None:
+def play(envs: Envs, steps: int, seed: int | None = None) -> None:
+    if seed is not None:
+        envs.reset(seed)
     for _ in range(steps):
         envs.step(np.zeros(envs.num_envs, dtype=np.int64))
 
@@ -304,6 +306,34 @@ def test_a_failure_names_the_environment_and_the_cause(mode: AutoresetMode, wher
         play(envs, 4)
     assert isinstance(info.value.__cause__, RuntimeError)
     assert info.value.exit_code == 3
+
+
+class OldGym(Counter):
+    """With the interface that gym had before gymnasium."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(9)
+        self.where = where
+
+    def step(self, action: Any) -> Any:
+        obs, reward, terminated, truncated, info = super().step(action)
+        if self.where == "inside":
+            _, _ = [1, 2, 3]  # a mistake of its own, with the same words
+        if self.where == "step":
+            return obs, reward, terminated or truncated, info
+        return obs, reward, terminated, truncated, info
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        return super().reset(seed=seed)[0] if self.where == "reset" else super().reset(seed=seed)
+
+
+@pytest.mark.parametrize("where", ["step", "reset", "inside"])
+def test_the_interface_of_the_old_gym_is_recognised(where: str) -> None:
+    envs = Envs(SyncVectorEnv([lambda: OldGym(where)] * 2, autoreset_mode=AutoresetMode.SAME_STEP))
+    with pytest.raises(EnvError, match="values to unpack") as info:
+        play(envs, 1, seed=0)
+    hint = "Expected gymnasium's interface: step() returns obs, reward, terminated, truncated, info"
+    assert (hint in str(info.value)) == (where != "inside")
 
 
 def test_a_source_that_does_not_say_its_mode_is_refused() -> None:

@@ -128,6 +128,12 @@ class IntFlag(Base):
         return obs, reward, int(terminated), *rest
 
 
+class OldGym(Base):
+    def step(self, action: Any) -> Any:
+        obs, reward, terminated, _, info = super().step(action)
+        return obs, reward, terminated, info
+
+
 class Unsupported(Base):
     observation_space = spaces.Tuple((spaces.Discrete(2),))
 
@@ -155,6 +161,12 @@ class Unsupported(Base):
         (ListReward, "reward and flags", "failed", "the reward is array"),
         (IntFlag, "reward and flags", "failed", "terminated is a int, but expected bool"),
         (WrongDtype, "gymnasium", "failed", "not within the observation space"),
+        (
+            OldGym,
+            "observations",
+            "failed",
+            r"Expected gymnasium's interface: step\(\) returns obs, reward, term",
+        ),
     ],
 )
 def test_faults_of_single_environments_are_found(env: Any, check: str, status: str, message: str) -> None:

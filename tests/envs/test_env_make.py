@@ -150,6 +150,35 @@ def test_an_unknown_id_lists_the_three_closest(name: str, expected: str) -> None
 
 
 @pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Robt", r"Did you mean 'Robot'\?"),
+        ("someones/Arm-v1", r"Did you mean 'someones/Arm-v0'\?"),
+        ("Nope", "Choose from Robot, someones/Arm-v0.$"),
+    ],
+)
+def test_a_typo_in_one_s_own_module_is_answered_with_what_is_there(
+    name: str, expected: str, package: Path
+) -> None:
+    (package / "someones_pkg_5.py").write_text(
+        "import gymnasium\n"
+        "from gymnasium import Env, Wrapper\n"
+        "class Robot(Env): pass\n"
+        "class _Hidden(Env): pass\n"
+        "gymnasium.register('someones/Arm-v0', entry_point='someones_pkg_5.deep:Arm')\n"
+    )
+    with pytest.raises(UserError, match=rf"No env '{name}' in the module 'someones_pkg_5'. {expected}"):
+        make(f"someones_pkg_5:{name}")
+    gymnasium.registry.pop("someones/Arm-v0")
+
+
+def test_a_module_without_environments_leaves_the_closest_of_all(package: Path) -> None:
+    (package / "someones_pkg_6.py").write_text("x = 1\n")
+    with pytest.raises(UserError, match=r"No env 'CartPol-v1'. The closest are .*CartPole-v1"):
+        make("someones_pkg_6:CartPol-v1")
+
+
+@pytest.mark.parametrize(
     ("env_id", "module", "extra"),
     [
         ("ALE/Pong-v5", "ale_py", "atari"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import statistics
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import pywm
 from pywm.ops import _native
 
 pytestmark = pytest.mark.skipif(not _native.has_backend("cpu"), reason="needs the compiled module")
@@ -92,6 +94,23 @@ def test_an_unknown_instruction_set_is_an_error_that_names_the_known(python: Any
     last = result.err.strip().splitlines()[-1]
     assert last.startswith("ValueError: pywm: PYWM_CPU_ISA is sse9"), last
     assert _native.module().cpu_isas() in last
+
+
+@pytest.mark.parametrize("argv", [("pywm", "doctor"), ("-m", "pywm", "--version")])
+def test_the_command_tells_an_unknown_instruction_set_in_one_line(
+    argv: tuple[str, ...], tmp_path: Path
+) -> None:
+    # As pip writes it.
+    (tmp_path / "pywm").write_text("import sys\nfrom pywm.cli import main\nsys.exit(main())\n")
+    path = os.pathsep.join([str(Path(pywm.__file__).parents[1]), *filter(None, sys.path)])
+    environment = os.environ | {"PYWM_CPU_ISA": "sse9", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, *argv], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("pywm: PYWM_CPU_ISA is sse9"), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
 
 
 def test_an_unsupported_instruction_set_is_an_error_that_names_the_supported(python: Any) -> None:

@@ -145,6 +145,18 @@ def test_the_last_ones_and_the_best_stay(tmp_path: Path) -> None:
         load(tmp_path, which="step_00000001")
 
 
+@pytest.mark.parametrize("pointer", [None, "step_00000009\n", "../evil\n"])
+def test_without_a_best_one_the_newest_is_not_passed_off_as_it(pointer: str | None, tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, make_state(step))
+    if pointer is not None:
+        (tmp_path / "BEST").write_text(pointer)
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint 'best' in .*; there are step_00000002, step_00000001"
+    ):
+        load(tmp_path, which="best")
+
+
 def test_steps_beyond_eight_digits_sort_by_number(tmp_path: Path) -> None:
     for step in (99_999_999, 1_000_000_000):
         save(tmp_path, step, make_state())
@@ -670,7 +682,8 @@ def test_a_bad_pointer_does_no_harm(pointer: str, tmp_path: Path) -> None:
     for name in ("LATEST", "BEST"):
         (tmp_path / name).write_text(pointer)
     assert load(tmp_path).step == 1
-    assert load(tmp_path, which="best").step == 1
+    with pytest.raises(CheckpointError, match="no checkpoint 'best' in"):
+        load(tmp_path, which="best")
     save(tmp_path, 2, make_state())
     assert load(tmp_path).step == 2
 

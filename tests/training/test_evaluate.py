@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pywm.errors import EnvError
 from pywm.training.evaluate import evaluate
 from pywm.types import StepOut
 
@@ -93,6 +94,23 @@ def test_without_frames_nothing_is_rendered() -> None:
     assert envs.renders == 0
 
 
-def test_no_episodes_are_refused() -> None:
+def test_no_episodes_and_no_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="evaluate: episodes is 0, but expected 1 or more"):
         evaluate(Recorder(), Clockwork(1), episodes=0, seed=0)
+    with pytest.raises(ValueError, match="evaluate: max_steps is 0, but expected 1 or more"):
+        evaluate(Recorder(), Clockwork(1), episodes=1, seed=0, max_steps=0)
+
+
+def test_an_episode_without_an_end_is_an_error_of_the_environment() -> None:
+    # Of the lengths 1, 2, 3 the last one is too long, and the others are so only together.
+    evaluate(Recorder(), Clockwork(3), episodes=9, seed=0, max_steps=4)
+    with pytest.raises(EnvError, match=r"an episode has not ended after 2 steps \(max_steps\)"):
+        evaluate(Recorder(), Clockwork(3), episodes=9, seed=0, max_steps=2)
+    # An environment that has played its share may go on.
+    evaluate(Recorder(), Clockwork(4), episodes=2, seed=0, max_steps=3)
+
+
+def test_progress_is_told_after_every_step() -> None:
+    told: list[tuple[int, int]] = []
+    evaluate(Recorder(), Clockwork(2), episodes=3, seed=0, progress=lambda *now: told.append(now))
+    assert told == [(1, 2), (3, 4)]

@@ -107,6 +107,13 @@ def test_runs_that_were_put_aside_are_not_plotted(tmp_path: Path) -> None:
     assert report.find_runs([tmp_path, tmp_path / "a"]) == [tmp_path / "a"]
 
 
+def test_a_run_that_was_put_aside_is_plotted_when_it_is_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "a/previous-1", 0, [(0, 9.0)])
+    write_run(tmp_path / "my-previous-run", 0, [(0, 9.0)])
+    assert report.find_runs([tmp_path / "a/previous-1"]) == [tmp_path / "a/previous-1"]
+    assert report.find_runs([tmp_path]) == [tmp_path / "my-previous-run"]
+
+
 def test_a_plot_is_a_picture_with_curve_and_band(tmp_path: Path) -> None:
     for seed in range(3):
         write_run(tmp_path / f"{seed}", seed, [(0, 0.0), (100, 10.0 + seed)])

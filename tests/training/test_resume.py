@@ -342,6 +342,36 @@ def test_resume_takes_the_newest_run_of_the_seed(pywm: Commands, tmp_path: Path)
     assert "resume: no run of tiny on CartPole-v1 with seed 2 below runs/" in missing.err
 
 
+def test_resume_passes_over_a_newer_run_without_a_checkpoint(pywm: Commands, tmp_path: Path) -> None:
+    good = Path(pywm(*TINY, "--steps", 40).out.strip())
+    empty = tmp_path / good.with_name("0-99991231-235959")
+    empty.mkdir()
+    (empty / "config.json").write_text((tmp_path / good / "config.json").read_text())
+    result = pywm(*TINY, "--resume", "--steps", 80)
+    assert result.code == 0, result.err
+    assert Path(result.out.strip()) == good
+    assert "resumed at 40 env steps" in result.err
+    assert (
+        result.err.count(f"{empty.relative_to(tmp_path)} is newer, but has no checkpoint; taking {good}") == 1
+    )
+
+
+def test_a_start_that_fails_at_once_leaves_no_directory(pywm: Commands, tmp_path: Path) -> None:
+    for place in ((), ("--run-dir", tmp_path / "new/run")):
+        failed = pywm(*TINY, *place, "--crash-at", 0)
+        assert failed.code == 1
+        assert "the tiny algorithm crashed" in failed.err
+        assert "held nothing yet and was removed" in failed.err
+    assert not list((tmp_path / "runs/CartPole-v1/tiny").iterdir())
+    assert not (tmp_path / "new/run").exists()
+    # One that was there before, and whatever somebody put into it, stays; so does a run with steps.
+    (tmp_path / "mine").mkdir()
+    assert pywm(*TINY, "--run-dir", "mine", "--crash-at", 0).code == 1
+    assert (tmp_path / "mine/log.txt").exists()
+    assert pywm(*TINY, "--run-dir", "later", "--crash-at", 16).code == 1
+    assert steps_of(tmp_path / "later") == [8]
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_again(pywm: Commands, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = pywm.start(*TINY, "--run-dir", run, "--checkpoint-every", 10**6, "--sleep", 0.05)
@@ -383,6 +413,15 @@ def test_settings_that_shape_the_training_cannot_change_on_resume(
     assert result.code == 2
     assert message in result.err
     assert checkpoint.load(undisturbed / "checkpoints").skipped == ()
+
+
+def test_settings_that_were_lost_are_not_replaced_by_the_preset_s(pywm: Commands, undisturbed: Path) -> None:
+    (undisturbed / "config.json").unlink()
+    result = pywm(*RESUME, undisturbed, "--steps", 320)
+    assert result.code == 2
+    assert f"resume: {undisturbed}/config.json is missing, but expected beside the checkpoints" in result.err
+    assert "resumed" not in result.err
+    assert not (undisturbed / "config.json").exists()
 
 
 def test_settings_that_may_change_are_shown(pywm: Commands, undisturbed: Path) -> None:

@@ -24,7 +24,15 @@ import torch
 from pywm.errors import CheckpointError, MissingExtra, NumericalError, UserError
 from pywm.training import checkpoint, directory
 from pywm.training.checkpoint import join, load
-from pywm.training.log import JsonlWriter, LivePanel, PlainLines, Status, plain_number, read_metrics
+from pywm.training.log import (
+    EpisodeLines,
+    JsonlWriter,
+    LivePanel,
+    PlainLines,
+    Status,
+    plain_number,
+    read_metrics,
+)
 from pywm.training.run import NullRun, Run, RunOptions, assert_finite
 from pywm.types import State
 
@@ -433,6 +441,31 @@ def test_a_failed_open_releases_the_directory(tmp_path: Path) -> None:
         pass
 
 
+def test_a_failed_open_leaves_no_directory_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory.machine, "facts", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        open_run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "old").mkdir()
+    with pytest.raises(ZeroDivisionError):
+        open_run(tmp_path / "old")
+    assert (tmp_path / "old/config.json").exists()
+
+
+def test_what_others_put_into_a_new_run_stays_when_it_fails(tmp_path: Path) -> None:
+
+    def work() -> None:
+        with open_run(tmp_path / "run") as run:
+            (run.dir / "notes.txt").write_text("mine")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work()
+    assert (tmp_path / "run/notes.txt").exists()
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -485,6 +518,20 @@ def test_plain_lines_come_every_ten_seconds(
     parts = ["300/1,000 env steps", "10/s", "ETA 0:01:10", "return 12.3", "eval 3.0", "policy loss 0.5"]
     for part in (*parts, "env 25% learn 50% other 25%"):
         assert part in caplog.messages[2]
+
+
+def test_lines_about_episodes_come_every_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    lines = EpisodeLines(20)
+    with caplog.at_level(logging.INFO):
+        for second in range(36):
+            now[0] = float(second)
+            lines.show(second // 10, second * 1000)
+    assert caplog.messages[1] == "2/20 episodes   20,000 steps   1,000/s"
+    assert len(caplog.messages) == 3
 
 
 def test_the_live_panel_shows_progress_figures_and_where_the_time_goes() -> None:
