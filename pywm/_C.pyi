@@ -9,6 +9,7 @@ has_cuda: bool
 keeps_memory: bool
 max_groups: int
 
+def action_classes(action: Any, is_first: Any, classes: Any) -> Any: ...
 def adam_step_(
     param: Any,
     grad: Any,
@@ -334,6 +335,7 @@ def rssm_observe(
     weights: Any,
     token_proj: Any,
     action_proj: Any,
+    action_class: Any,
     deter0: Any,
     stoch_proj: Any,
     noise: Any,

@@ -487,10 +487,11 @@ py::object action_classes(py::handle action, py::handle is_first, py::handle cla
 }  // namespace
 
 void define_rssm(py::module_& m) {
-  define_fast<&rssm_observe>(m, "rssm_observe",
-                             "rssm_observe(form: object, weights: object, token_proj: object, action_proj: object, action_class: object, "
-                             "deter0: object, stoch_proj: object, noise: object, is_first: object, force: object, "
-                             "index: object, keep: bool) -> object");
+  define_fast<&rssm_observe>(
+      m, "rssm_observe",
+      "rssm_observe(form: object, weights: object, token_proj: object, action_proj: object, action_class: object, "
+      "deter0: object, stoch_proj: object, noise: object, is_first: object, force: object, "
+      "index: object, keep: bool) -> object");
   m.def("action_classes", &action_classes, "action"_a, "is_first"_a, "classes"_a);
   define_fast<&rssm_observe_backward>(
       m, "rssm_observe_backward",

@@ -29,7 +29,7 @@ inline int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 template <typename S>
 struct ImagineScratch {
   StepWeights<S> packed;
-  S *action_in, *action_x;  // the weights of actions: their own layer, and its way into the cell
+  S *action_in, *action_x;    // the weights of actions: their own layer, and its way into the cell
   S *table, *table_features;  // block_gru with one group of classes: what the cell gets of each; else null
   S *policy_deter, *policy_stoch;
   Packed<S> policy, prior;
@@ -187,9 +187,9 @@ void imagine_rows(const RssmImagineArgs<S>& a, const ImagineScratch<S>& s, int64
     if (gaussian && t > 0) product(alone, stoch, Z, s.packed.stoch_in, none, from_stoch, X, rows, H, Z, true);
     if (block) product(alone, deter, D, s.packed.deter_in, a.w.deter_in.bias, s.u, X, rows, H, D);
     S* deter_next = a.deter + next * D;
-    cell_forward(alone, f, a.w, s.packed,
-                 StepRows<S>{action_proj, action_class, deter, s.u, s.cell1, s.cell2, s.x, s.y, deter_next, nullptr,
-                             rows});
+    cell_forward(
+        alone, f, a.w, s.packed,
+        StepRows<S>{action_proj, action_class, deter, s.u, s.cell1, s.cell2, s.x, s.y, deter_next, nullptr, rows});
     // The prior.
     const S* from = deter_next;
     int64_t width = D;

@@ -124,10 +124,9 @@ void observe_rows(const Team& team, const RssmObserveArgs<S>& a, const ObserveSc
       team.sync();
     }
     S* deter = at(a.deter, t, N, first, D);
-    cell_forward(
-        team, f, a.w, scratch.packed,
-        StepRows<S>{action_proj, action_class, h, u, cell1, cell2, scratch.x + first * U, scratch.y + first * D, deter,
-                    scratch.squares + first * kMostSquares, rows});
+    cell_forward(team, f, a.w, scratch.packed,
+                 StepRows<S>{action_proj, action_class, h, u, cell1, cell2, scratch.x + first * U,
+                             scratch.y + first * D, deter, scratch.squares + first * kMostSquares, rows});
     const int64_t count = panels<S>(H), left = team.begin(count) * Simd<S>::kCols,
                   right = min(H, team.end(count) * Simd<S>::kCols);
     for (int64_t r = 0; r < rows && left < right; ++r)
