@@ -544,8 +544,30 @@ struct RssmImagineArgs {
   int64_t horizon, N, A, members;
 };
 
+// One step for N states: the posterior's head if `embed` [N, E] is there, else the prior's, `head_layers` of which the
+// last gives the logits. The sample before: floats [N, stoch] or stoch_index [N, groups]. is_first and force_index may
+// be null; noise [N, groups] is read where nothing is forced.
+template <typename S>
+struct RssmActArgs {
+  RssmForm form;
+  RssmWeights<S> w;  // no head; the bias of `hidden` is read
+  RssmLayer<S> action_in;
+  const RssmLayer<S>* head;
+  int64_t head_layers;
+  const S *deter, *stoch, *action, *embed, *noise;
+  const uint8_t *stoch_index, *is_first, *force_index;
+  S *deter_out, *stats, *stoch_out;
+  uint8_t* index;
+  S* scratch;  // rssm_act_workspace elements
+  int64_t N, A, E, members;
+};
+
 namespace cpu {
 
+template <typename S>
+int64_t rssm_act_workspace(const RssmActArgs<S>&);
+template <typename S>
+void rssm_act(const RssmActArgs<S>&);
 template <typename S>
 int64_t rssm_imagine_workspace(const RssmImagineArgs<S>&);
 template <typename S>

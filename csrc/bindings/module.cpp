@@ -41,6 +41,7 @@ PYBIND11_MODULE(_C, m) {
                            "rssm_observe",
                            "rssm_observe_backward",
                            "rssm_imagine",
+                           "rssm_act",
                            "philox",
                            "categorical_sample",
                            "categorical_sample_backward",

@@ -457,6 +457,134 @@ py::object rssm_imagine(py::handle form, py::handle weights, py::handle action_i
   return py::make_tuple(action, stats, policy_stats);
 }
 
+// A layer, a tuple of weight, bias, scale and shift, whose weight has this shape. `norm`: what stands behind it.
+template <typename S>
+bool read_layer(Call& call, py::handle layer, std::initializer_list<int64_t> shape, Norm norm, RssmLayer<S>& out) {
+  if (!PyTuple_Check(layer.ptr()) || PyTuple_GET_SIZE(layer.ptr()) != kParts) return false;
+  View v;
+  const void* weight = call.floats(PyTuple_GET_ITEM(layer.ptr(), 0), shape, v);
+  if (!call.ok()) return false;
+  const int64_t outputs = shape.size() == 3 ? v.shape[0] * v.shape[1] : v.shape[0];
+  const void* parts[kParts] = {weight};
+  for (int part = 1; part < kParts; ++part) {
+    py::handle tensor = PyTuple_GET_ITEM(layer.ptr(), part);
+    View unused;
+    if (!tensor.is_none()) parts[part] = call.floats(tensor, {outputs}, unused);
+  }
+  out = {in<S>(weight), v.shape[v.ndim - 1], in<S>(parts[1]), in<S>(parts[2]), in<S>(parts[3])};
+  return call.ok() && (norm == Norm::kNone) == !out.scale && (norm == Norm::kLayer) == (out.shift != nullptr);
+}
+
+constexpr int64_t kMostHeadLayers = 16, kMostRows = 64, kMacsForTeam = 1 << 19;
+
+// The model of RSSMParams, a tuple: config, deter_in, stoch_in, action_in, hidden, gates, candidate, prior, posterior.
+template <typename S>
+bool read_model(Call& call, py::handle params, RssmActArgs<S>& a, std::vector<RssmLayer<S>>& head) {
+  if (!PyTuple_Check(params.ptr()) || PyTuple_GET_SIZE(params.ptr()) != 9) return false;
+  const auto item = [&](int i) { return py::handle(PyTuple_GET_ITEM(params.ptr(), i)); };
+  const RssmForm& f = a.form;
+  const int64_t D = f.D, H = f.H, G = f.blocks, Dg = D / G, Z = f.stoch();
+  bool fits = false;
+  if (f.cell == RssmCell::kBlockGru)
+    fits = read_layer(call, item(1), {H, D}, f.norm, a.w.deter_in) &&
+           read_layer(call, item(2), {H, Z}, f.norm, a.w.stoch_in) &&
+           read_layer(call, item(3), {H, a.A}, f.norm, a.action_in) &&
+           read_layer(call, item(4), {G, Dg, Dg + 3 * H}, f.norm, a.w.hidden) &&
+           read_layer(call, item(5), {G, 3 * Dg, Dg}, Norm::kNone, a.w.gates);
+  else if (f.cell == RssmCell::kLayerNormGru)
+    fits = read_layer(call, item(2), {H, Z + a.A}, f.norm, a.w.stoch_in) &&
+           read_layer(call, item(5), {3 * D, H + D}, Norm::kLayer, a.w.gates);
+  py::handle layers = item(a.embed ? 8 : 7);
+  if (!fits || !PyTuple_Check(layers.ptr())) return false;
+  const int64_t count = PyTuple_GET_SIZE(layers.ptr());
+  if (count < 2 || count > kMostHeadLayers) return false;
+  head.resize(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    const bool last = i + 1 == count;
+    if (!read_layer(call, PyTuple_GET_ITEM(layers.ptr(), i), {last ? f.stats() : H, i == 0 ? D + a.E : H},
+                    last ? Norm::kNone : f.norm, head[static_cast<size_t>(i)]))
+      return false;
+  }
+  a.head = head.data();
+  a.head_layers = count;
+  return true;
+}
+
+// One step of a few states without gradients: deter, stoch, index, logits. Whatever does not fit is declined. `noise` is
+// a tensor or what draws one, called when all else fits: a call that is declined must not advance a generator.
+py::object rssm_act(py::handle form, py::handle params, py::handle deter, py::handle stoch, py::handle action,
+                    py::handle embed, py::handle is_first, py::handle noise, py::handle force) {
+  Call call("rssm_act", false);
+  RssmForm f;
+  const void* deter_data = call.first(deter, 2);
+  if (!call.ok() || !call.on_cpu() || !read_form(form, f) || f.gaussian()) return py::none();
+  const int64_t N = call.size(0), G = f.groups, K = f.classes;
+  if (call.size(1) != f.D || N < 1 || N > kMostRows) return py::none();
+  View of_stoch, of_action, of_embed, v;
+  if (!view_of(stoch, of_stoch)) return py::none();
+  const uint8_t* stoch_index = nullptr;
+  const void* stoch_data = nullptr;
+  if (abi::is_bytes(of_stoch)) {
+    stoch_index = call.bytes(stoch, call.first(), 1, G);
+    if (stoch_index)
+      for (int64_t i = 0; i < N * G; ++i)
+        if (stoch_index[i] >= K) return py::none();
+  } else {
+    stoch_data = call.floats(stoch, {N, G, K}, v);
+  }
+  const void* action_data = call.floats(action, {N, -1}, of_action);
+  const void* embed_data = embed.is_none() ? nullptr : call.floats(embed, {N, -1}, of_embed);
+  const uint8_t* first = is_first.is_none() ? nullptr : call.mask(is_first, call.first(), 1);
+  const bool drawn_late = PyFunction_Check(noise.ptr());
+  const void* noise_data = noise.is_none() || drawn_late ? nullptr : call.floats(noise, {N, G}, v);
+  const uint8_t* forced = force.is_none() ? nullptr : call.bytes(force, call.first(), 1, G);
+  if (!call.ok() || (!noise_data && !drawn_late && !forced) || of_action.shape[1] < 1) return py::none();
+  if (forced)
+    for (int64_t i = 0; i < N * G; ++i)
+      if (forced[i] >= K) return py::none();
+  py::object result = py::none();
+  by_dtype(call, [&]<typename S>() {
+    RssmActArgs<S> a{};
+    std::vector<RssmLayer<S>> head;
+    a.form = f;
+    a.deter = in<S>(deter_data);
+    a.stoch = in<S>(stoch_data);
+    a.action = in<S>(action_data);
+    a.embed = in<S>(embed_data);
+    a.noise = in<S>(noise_data);
+    a.stoch_index = stoch_index;
+    a.is_first = first;
+    a.force_index = forced;
+    a.N = N;
+    a.A = of_action.shape[1];
+    a.E = embed_data ? of_embed.shape[1] : 0;
+    if (!read_model(call, params, a, head) || call.wants_gradients()) return;
+    py::object drawn;
+    if (drawn_late && !forced) {
+      drawn = noise();
+      a.noise = in<S>(call.floats(drawn, {N, G}, v));
+      if (!call.ok()) return;
+    }
+    const int64_t shape[] = {N, G, K};
+    void *deter_out, *stoch_out, *stats_out, *index_out;
+    py::object new_deter = call.empty({N, f.D}, deter_out), new_stoch = call.empty(shape, 3, stoch_out),
+               index = call.bytes(shape, 2, index_out), stats = call.empty(shape, 3, stats_out);
+    if (!call.ok()) return;
+    a.deter_out = out<S>(deter_out);
+    a.stoch_out = out<S>(stoch_out);
+    a.stats = out<S>(stats_out);
+    a.index = static_cast<uint8_t*>(index_out);
+    // Members of a team cost some microseconds to call.
+    const int64_t macs = N * (f.D / f.blocks * f.D * 4 + 3 * f.H * f.D);
+    a.members = macs < kMacsForTeam ? 1 : pywm::cpu::num_threads();
+    const Scratch scratch(call, pywm::cpu::rssm_act_workspace(a));
+    a.scratch = out<S>(scratch.data);
+    call.run([&] { pywm::cpu::rssm_act(a); }, [&](void*) { no_cuda_kernel("rssm_act"); });
+    result = py::make_tuple(new_deter, new_stoch, index, stats);
+  });
+  return result;
+}
+
 // The classes of one-hot actions [T, N, A] in `classes` [T, N] uint8, A for the zeros where an episode begins; False if
 // some action is neither.
 py::object action_classes(py::handle action, py::handle is_first, py::handle classes) {
@@ -492,6 +620,9 @@ void define_rssm(py::module_& m) {
       "rssm_observe(form: object, weights: object, token_proj: object, action_proj: object, action_class: object, "
       "deter0: object, stoch_proj: object, noise: object, is_first: object, force: object, "
       "index: object, keep: bool) -> object");
+  define_fast<&rssm_act>(m, "rssm_act",
+                         "rssm_act(form: object, params: object, deter: object, stoch: object, action: object, "
+                         "embed: object, is_first: object, noise: object, force: object) -> object");
   m.def("action_classes", &action_classes, "action"_a, "is_first"_a, "classes"_a);
   define_fast<&rssm_observe_backward>(
       m, "rssm_observe_backward",

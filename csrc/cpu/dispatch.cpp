@@ -488,6 +488,16 @@ void rssm_observe_backward(const RssmObserveBackwardArgs<S>& a) {
 }
 
 template <typename S>
+int64_t rssm_act_workspace(const RssmActArgs<S>& a) {
+  return of<S>(kernels()).rssm_act_workspace(a);
+}
+template <typename S>
+void rssm_act(const RssmActArgs<S>& a) {
+  run_team(a.members, const_cast<RssmActArgs<S>*>(&a), [](void* context, const Team& team) {
+    of<S>(kernels()).rssm_act(*static_cast<const RssmActArgs<S>*>(context), team);
+  });
+}
+template <typename S>
 int64_t rssm_imagine_workspace(const RssmImagineArgs<S>& a) {
   return of<S>(kernels()).rssm_imagine_workspace(a);
 }
@@ -582,6 +592,8 @@ void gaussian_kl_backward(const GaussianKlBackwardArgs<S>& a) {
   template void rssm_observe(const RssmObserveArgs<S>&);                                  \
   template int64_t rssm_observe_backward_workspace<S>(const RssmForm&, int64_t, int64_t); \
   template void rssm_observe_backward(const RssmObserveBackwardArgs<S>&);                 \
+  template int64_t rssm_act_workspace(const RssmActArgs<S>&);                             \
+  template void rssm_act(const RssmActArgs<S>&);                                          \
   template int64_t rssm_imagine_workspace(const RssmImagineArgs<S>&);                     \
   template void rssm_imagine(const RssmImagineArgs<S>&);                                  \
   template void norm_act(const NormActArgs<S>&);                                          \

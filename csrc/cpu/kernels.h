@@ -63,6 +63,8 @@ struct KernelsOf {
   void (*rssm_observe)(const RssmObserveArgs<S>&, const Team&);
   int64_t (*rssm_observe_backward_workspace)(const RssmForm&, int64_t N, int64_t members);
   void (*rssm_observe_backward)(const RssmObserveBackwardArgs<S>&, const Team&);
+  int64_t (*rssm_act_workspace)(const RssmActArgs<S>&);
+  void (*rssm_act)(const RssmActArgs<S>&, const Team&);
   int64_t (*rssm_imagine_workspace)(const RssmImagineArgs<S>&);
   void (*rssm_imagine)(const RssmImagineArgs<S>&, const Team&);
   // Ranges of rows, of rows, and of elements; `partial` is the scratch of the range, null if no sums are wanted.

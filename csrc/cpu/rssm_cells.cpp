@@ -88,14 +88,6 @@ NormAct<S> norm_act_of(Activation activation) {
               norm_act_row_backward<kNorm, Activation::kNone, S>};
   }
 }
-template <typename S>
-inline void block_gru_gates(const S* __restrict g, const S* __restrict h, int64_t Dg, int64_t first, int64_t n,
-                            S* __restrict deter) {
-#pragma GCC ivdep
-  for (int64_t j = first; j < first + n; ++j) {
-    deter[j] = math::gru_step(math::GruGates<S>{g[j], g[Dg + j], g[2 * Dg + j]}, h[j]);
-  }
-}
 
 }  // namespace
 
@@ -169,7 +161,7 @@ void cell_forward(const Team& team, const RssmForm& f, const RssmWeights<S>& w, 
       // All of this block's columns that are this member's, in one go: the loop over them is dear to begin.
       const int64_t from = first_panel > g * count ? (first_panel - g * count) * kCols : 0;
       for (int64_t r = 0; r < rows; ++r)
-        block_gru_gates(s.cell2 + r * 3 * D + 3 * g * Dg, s.h + r * D + g * Dg, Dg, from, first + n - from,
+        block_gru_row(s.cell2 + r * 3 * D + 3 * g * Dg, s.h + r * D + g * Dg, Dg, from, first + n - from,
                         s.deter + r * D + g * Dg);
     }
     team.sync();
@@ -182,16 +174,9 @@ void cell_forward(const Team& team, const RssmForm& f, const RssmWeights<S>& w, 
     product(team, s.x, X, packed.gates, w.gates.bias, s.cell1, 3 * D, rows, 3 * D, H);
     product(team, s.h, D, packed.gates_deter, static_cast<const S*>(nullptr), s.cell1, 3 * D, rows, 3 * D, D, true);
     team.sync();
-    for (int64_t r = begin; r < end; ++r) {
-      const S *p = s.cell1 + r * 3 * D, *h = s.h + r * D, *scale = w.gates.scale, *shift = w.gates.shift;
-      S* deter = s.deter + r * D;
-      const Moments<S> m = moments<Norm::kLayer>(p, 3 * D, S(f.cell_eps));
-#pragma GCC ivdep
-      for (int64_t j = 0; j < D; ++j) {
-        const auto q = [&](int64_t i) { return (p[i] - m.mean) * m.inverse * scale[i] + shift[i]; };
-        deter[j] = math::gru_step(math::GruGates<S>{q(j), q(D + j), q(2 * D + j)}, h[j]);
-      }
-    }
+    for (int64_t r = begin; r < end; ++r)
+      layernorm_gru_row(s.cell1 + r * 3 * D, w.gates.scale, w.gates.shift, s.h + r * D, D, S(f.cell_eps),
+                        s.deter + r * D);
   } else if (f.cell == RssmCell::kGru) {
     product(team, s.x, X, packed.gates, w.gates.bias, s.cell1, 3 * D, rows, 3 * D, H);
     product(team, s.h, D, packed.candidate_deter, w.candidate.bias, s.cell2, 3 * D, rows, 3 * D, D);

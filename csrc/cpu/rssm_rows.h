@@ -65,6 +65,27 @@ struct NormAct {
 template <typename S>
 NormAct<S> norm_act(Norm norm, Activation activation);
 
+// The new deter of `n` columns of a block from `first` on; its gates lie side by side in g [3·Dg].
+template <typename S>
+[[gnu::noinline]] void block_gru_row(const S* __restrict g, const S* __restrict h, int64_t Dg, int64_t first, int64_t n,
+                                     S* __restrict deter) {
+#pragma GCC ivdep
+  for (int64_t j = first; j < first + n; ++j)
+    deter[j] = math::gru_step(math::GruGates<S>{g[j], g[Dg + j], g[2 * Dg + j]}, h[j]);
+}
+
+// The new deter [D] from gates p [3D] before their LayerNorm.
+template <typename S>
+[[gnu::noinline]] void layernorm_gru_row(const S* __restrict p, const S* __restrict scale, const S* __restrict shift,
+                                         const S* __restrict h, int64_t D, S eps, S* __restrict deter) {
+  const Moments<S> m = moments<Norm::kLayer>(p, 3 * D, eps);
+#pragma GCC ivdep
+  for (int64_t j = 0; j < D; ++j) {
+    const auto q = [&](int64_t i) { return (p[i] - m.mean) * m.inverse * scale[i] + shift[i]; };
+    deter[j] = math::gru_step(math::GruGates<S>{q(j), q(D + j), q(2 * D + j)}, h[j]);
+  }
+}
+
 // probs [groups·classes] := softmax of each group.
 template <typename S>
 [[gnu::noinline]] void softmax_row(const S* __restrict logits, int64_t groups, int64_t classes, S* __restrict probs) {

@@ -19,6 +19,7 @@ void fill_one_hot_linear(Kernels&);
 void fill_adam(Kernels&);
 void fill_rssm_observe(Kernels&);
 void fill_rssm_imagine(Kernels&);
+void fill_rssm_act(Kernels&);
 void fill_philox(Kernels&);
 void fill_categorical_sample(Kernels&);
 void fill_rssm_step(Kernels&);
@@ -42,6 +43,7 @@ const Kernels& table() {
     fill_adam(kernels);
     fill_rssm_observe(kernels);
     fill_rssm_imagine(kernels);
+    fill_rssm_act(kernels);
     fill_philox(kernels);
     fill_categorical_sample(kernels);
     fill_rssm_step(kernels);

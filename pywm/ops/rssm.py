@@ -6,10 +6,12 @@ embeddings' and actions' parts before, the prior and all gradients of weights af
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from pywm.ops import _check, _native, _rssm_check, reference_rssm, rssm_scan
@@ -118,6 +120,8 @@ def rssm_step(
         Hafner et al. (2019), (2020), (2021), (2023).
     """
     function = "rssm_step"
+    if (acted := _act(params, state, prev_action, embed, is_first, noise, seed, force_stoch)) is not None:
+        return acted
     if (full := _rssm_check.full_precision(params, prev_action, embed, is_first, noise)) and len(state) == 2:
         state = RSSMState(*_rssm_check.full_precision(params, *state))  # type: ignore[misc]
         prev_action, embed, is_first, noise = full
@@ -214,6 +218,48 @@ def rssm_observe(
     prior = _head(deter, params.prior, c)
     shown = reference_rssm.distribution(stats, c), reference_rssm.distribution(prior, c)
     return Observed(deter, _rssm_check.shaped(stoch, c), index, *shown)
+
+
+def _act(
+    params: RSSMParams,
+    state: RSSMState,
+    prev_action: Tensor,
+    embed: Tensor | None,
+    is_first: Tensor | None,
+    noise: Tensor | None,
+    seed: int | None,
+    force: Tensor | None,
+) -> RSSMStep | None:
+    """A step of a few states in one call, where it is plain and nobody wants gradients; else None, and no complaint."""
+    if torch.compiler.is_compiling() or _native.is_disabled() or forward_ad._current_level >= 0:
+        return None
+    if type(params) is not RSSMParams or type(state) is not RSSMState or seed is not None:
+        return None
+    deter, stoch = state
+    if type(deter) is not Tensor or deter.ndim != 2 or torch.is_autocast_enabled(deter.device.type):
+        return None
+    c = params.config
+    if force is not None and (noise is not None or type(force) is not Tensor or force.dtype != torch.uint8):
+        return None
+    draw: Any = noise
+    if force is None and noise is None:
+
+        def draw() -> Tensor:
+            return torch.rand(deter.shape[0], c.stoch, dtype=deter.dtype)
+
+    result = _entry(_form(c), params, deter, stoch, prev_action, embed, is_first, draw, force)
+    if result is None:
+        return None
+    deter, stoch, index, logits = result
+    return RSSMStep(deter, stoch, index, *((None, logits) if embed is None else (logits, None)))
+
+
+_entry = _native.entry("rssm_act")
+
+
+@functools.lru_cache(maxsize=64)
+def _form(c: RSSMConfig) -> tuple[Any, ...]:
+    return rssm_scan.Scan.of(c, 0).form()
 
 
 def _norm_act(x: Tensor, layer: Layer, c: RSSMConfig) -> Tensor:

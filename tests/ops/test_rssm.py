@@ -743,3 +743,81 @@ def test_one_hot_actions_that_want_gradients_get_them():
         want = outputs_and_gradients(model, inputs)
     assert_near(got[1], want[1], 1e-11)
     assert got[1][1].abs().max() > 0
+
+
+# ---- acting --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("cell", ["block_gru", "layernorm_gru"])
+@pytest.mark.parametrize("N", [1, 3, 4, 17, 64])
+def test_acting_is_one_call_and_equals_the_reference(cell, form, dtype, N, threads):
+    model = make(cell, 5, form, dtype).requires_grad_(False)
+    inputs = window(model, 1, N, dtype, resets=0.4)
+    tol = 1e-11 if dtype == torch.float64 else 2e-4
+    state = inputs["state"]
+    states = [state, RSSMState(state.deter, state.stoch.argmax(-1).to(torch.uint8))]
+    action, noise = inputs["prev_action"][0], inputs["noise"][0]
+    g = torch.Generator().manual_seed(1)
+    drawn = [{"noise": noise}, {"force_stoch": torch.randint(5, (N, 3), generator=g).to(torch.uint8)}]
+    firsts, embeds = [inputs["is_first"][0], None], [inputs["embed"][0], None]
+    for start, embed, first, options in itertools.product(states, embeds, firsts, drawn):
+        before = served("rssm_act")
+        got = model.step(start, action, embed, first, **options)
+        assert served("rssm_act") == before + 1
+        with _native.disabled():
+            want = model.step(start, action, embed, first, **options)
+        assert (got.prior is None, got.posterior is None) == (embed is not None, embed is None)
+        logits = [next(x for x in (step.prior, step.posterior) if x is not None) for step in (got, want)]
+        assert_near([got.deter, logits[0]], [want.deter, logits[1]], tol)
+        assert torch.equal(got.index, want.index)
+        assert torch.equal(got.stoch, want.stoch.round())
+
+
+def test_acting_with_two_threads_on_a_model_worth_them():
+    model = make(deter=512, hidden=64, stoch=8, classes=4, embed=64, blocks=8, dtype=torch.float32)
+    model.requires_grad_(False)
+    inputs = window(model, 1, 16, torch.float32)
+    arguments = (inputs["state"], inputs["prev_action"][0], inputs["embed"][0], inputs["is_first"][0])
+    steps = []
+    before = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        steps.append(model.step(*arguments, noise=inputs["noise"][0]))
+    torch.set_num_threads(before)
+    for a, b in zip(steps[0][:3], steps[1][:3], strict=True):
+        assert torch.equal(a, b)  # every output is one member's work, in the same order
+
+
+def test_a_step_draws_as_often_whoever_serves_it():
+    """A call that the acting kernel declines must not have drawn already."""
+    model = make(dtype=torch.float32)
+    inputs = window(model, 1, 2, torch.float32)
+    arguments = (inputs["state"], inputs["prev_action"][0], inputs["embed"][0], inputs["is_first"][0])
+    drawn = []
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            before = served("rssm_act")
+            torch.manual_seed(3)
+            step = model.step(*arguments)
+            assert served("rssm_act") - before == (0 if grad else 1)
+            drawn.append((step.index, torch.rand(1)))
+    assert torch.equal(drawn[0][0], drawn[1][0])
+    assert torch.equal(drawn[0][1], drawn[1][1])
+
+
+def test_weights_changed_in_place_are_seen_by_the_next_step():
+    model = make().requires_grad_(False)
+    inputs = window(model, 1, 2)
+    arguments = (inputs["state"], inputs["prev_action"][0], inputs["embed"][0])
+    for change in (
+        lambda: next(model.parameters()).mul_(0.5),
+        lambda: model.load_state_dict({k: x + 0.1 for k, x in model.state_dict().items()}),
+        lambda: model.params().gates.weight.data.add_(0.3),
+    ):
+        change()
+        got = model.step(*arguments, noise=inputs["noise"][0])
+        with _native.disabled():
+            want = model.step(*arguments, noise=inputs["noise"][0])
+        assert_near([got.deter, got.posterior], [want.deter, want.posterior], 1e-11)

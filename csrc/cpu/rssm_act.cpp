@@ -1,0 +1,268 @@
+// One step of a recurrent state-space model for a few states, on the CPU: what acting needs. See pywm/ops/rssm.py.
+//
+// What: mask by is_first -> cell -> head -> sample for N states, forward only; block_gru and layernorm_gru with
+//   categorical latents.
+// Layout: rows contiguous; weights as they are, [out, in]: packing them would take longer than the step.
+// Mapping: every output of a layer is a product of a row of its weight with a state. Members of a team share the
+//   outputs of a layer, so each weight is read once, by one core; a light barrier after each layer. What is cheap (norms
+//   of hidden layers) each member does for itself.
+// Cost: the weights once from wherever they are: bandwidth-bound for one state, 2·N flops a weight.
+// Numerics: everything in S; a product's sum runs in as many parts as a vector has lanes.
+// Source: Hafner et al. (2021, 2023); the formulas of the cells in ../math/gru.h.
+
+#include "kernels.h"
+#include "rssm_cells.h"
+
+namespace pywm::cpu::PYWM_ISA {
+namespace {
+
+// y [R, O] += x [R, K]·w [O, K]^T.
+template <typename S, int R, int O>
+inline void add_dots(const S* x, int64_t ldx, const S* w, int64_t ldw, int64_t K, S* y, int64_t ldy) {
+  constexpr int64_t L = Simd<S>::kLanes;
+  using Vector = typename Simd<S>::Vector;
+  Vector sum[R][O] = {};
+  int64_t k = 0;
+  for (; k + L <= K; k += L) {
+    Vector a[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) a[r] = *reinterpret_cast<const Vector*>(x + r * ldx + k);
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) {
+      const Vector b = *reinterpret_cast<const Vector*>(w + o * ldw + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sum[r][o] += a[r] * b;
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int o = 0; o < O; ++o) {
+      S total = S(0);
+      for (int64_t l = 0; l < L; ++l) total += sum[r][o][l];
+      for (int64_t i = k; i < K; ++i) total += x[r * ldx + i] * w[o * ldw + i];
+      y[r * ldy + o] += total;
+    }
+}
+
+// y [rows, count] += x [rows, K]·w [count, K]^T.
+template <typename S>
+[[gnu::noinline]] void add_product(const S* x, int64_t ldx, int64_t rows, const S* w, int64_t ldw, int64_t count,
+                                   int64_t K, S* y, int64_t ldy) {
+  int64_t o = 0;
+  const auto outputs = [&]<int O>() {
+    for (; o + O <= count; o += O) {
+      int64_t r = 0;
+      if constexpr (O <= 3)
+        for (; r + 4 <= rows; r += 4) add_dots<S, 4, O>(x + r * ldx, ldx, w + o * ldw, ldw, K, y + r * ldy + o, ldy);
+      for (; r < rows; ++r) add_dots<S, 1, O>(x + r * ldx, ldx, w + o * ldw, ldw, K, y + r * ldy + o, ldy);
+    }
+  };
+  if (rows < 4) outputs.template operator()<8>();
+  outputs.template operator()<3>();
+  outputs.template operator()<1>();
+}
+
+template <typename S>
+inline void start_rows(const S* bias, int64_t first, int64_t count, int64_t rows, S* y, int64_t ldy) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = first; j < first + count; ++j) y[r * ldy + j] = bias ? bias[j] : S(0);
+}
+
+template <typename S>
+struct ActScratch {
+  // Of all members:
+  S *h, *z, *u, *cell1, *cell2, *y, *o;
+  // Of each:
+  S *x, *action, *head, *probs;
+  int64_t shared, each;
+
+  ActScratch(const RssmActArgs<S>& a, int64_t member) : ActScratch(a, member, Arena<S>{a.scratch}) {}
+  int64_t size(int64_t members) const { return shared + members * each; }
+
+ private:
+  ActScratch(const RssmActArgs<S>& a, int64_t member, Arena<S> arena) {
+    const RssmForm& f = a.form;
+    const int64_t N = a.N, D = f.D, H = f.H;
+    h = arena.take(N * D);
+    z = arena.take(N * f.stoch());
+    u = arena.take(N * 3 * H);
+    cell1 = arena.take(N * 3 * D);
+    cell2 = arena.take(N * 3 * D);
+    y = arena.take(N * D);
+    o = arena.take(N * H);
+    shared = arena.used;
+    for (int64_t m = 0; m <= member; ++m) {
+      x = arena.take(N * 3 * H);
+      action = arena.take(N * a.A);
+      head = arena.take(N * H);
+      probs = arena.take(f.stoch());
+      if (m == 0) each = arena.used - shared;
+    }
+  }
+};
+
+template <typename S>
+int64_t act_workspace(const RssmActArgs<S>& a) {
+  RssmActArgs<S> counted = a;
+  counted.scratch = nullptr;
+  return ActScratch<S>(counted, 0).size(a.members);
+}
+
+// The new deter, synchronised.
+template <typename S>
+void act_cell(const Team& team, const RssmActArgs<S>& a, const ActScratch<S>& s, const S* h, const S* z) {
+  const RssmForm& f = a.form;
+  const bool block = f.cell == RssmCell::kBlockGru;
+  const int64_t N = a.N, D = f.D, H = f.H, Z = f.stoch(), A = a.A, G = f.blocks, Dg = D / G, X = block ? 3 * H : H;
+  const NormAct<S> norm = norm_act<S>(f.norm, f.activation);
+  const RssmWeights<S>& w = a.w;
+  // The layers of the cell's inputs side by side, [deter_in, stoch_in, action_in].
+  for (int64_t j = team.begin(X), last = team.end(X); j < last;) {
+    const int64_t layer = j / H, first = j % H, count = min(H - first, last - j);
+    S* u = s.u + layer * H;
+    if (!block) {
+      start_rows(w.stoch_in.bias, first, count, N, u, X);
+      const S* row = w.stoch_in.weight + first * w.stoch_in.ld;
+      add_product(z, Z, N, row, w.stoch_in.ld, count, Z, u + first, X);
+      add_product(s.action, A, N, row + Z, w.stoch_in.ld, count, A, u + first, X);
+    } else {
+      const RssmLayer<S>& in = layer == 0 ? w.deter_in : (layer == 1 ? w.stoch_in : a.action_in);
+      const S* input = layer == 0 ? h : (layer == 1 ? z : s.action);
+      const int64_t K = layer == 0 ? D : (layer == 1 ? Z : A);
+      start_rows(in.bias, first, count, N, u, X);
+      add_product(input, K, N, in.weight + first * in.ld, in.ld, count, K, u + first, X);
+    }
+    j += count;
+  }
+  team.sync();
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t layer = 0; layer * H < X; ++layer) {
+      const RssmLayer<S>& in = !block || layer == 1 ? w.stoch_in : (layer == 0 ? w.deter_in : a.action_in);
+      norm.forward(s.u + n * X + layer * H, in.scale, in.shift, H, S(f.eps), s.x + n * X + layer * H);
+    }
+  const int64_t row_begin = team.begin(N), row_end = team.end(N);
+  if (!block) {
+    const int64_t first = team.begin(3 * D), count = team.end(3 * D) - first;
+    const S* row = w.gates.weight + first * w.gates.ld;
+    start_rows(w.gates.bias, first, count, N, s.cell1, 3 * D);
+    add_product(s.x, X, N, row, w.gates.ld, count, H, s.cell1 + first, 3 * D);
+    add_product(h, D, N, row + H, w.gates.ld, count, D, s.cell1 + first, 3 * D);
+    team.sync();
+    for (int64_t n = row_begin; n < row_end; ++n)
+      layernorm_gru_row(s.cell1 + n * 3 * D, w.gates.scale, w.gates.shift, h + n * D, D, S(f.cell_eps),
+                        a.deter_out + n * D);
+    team.sync();
+    return;
+  }
+  // Columns of one block at a time.
+  const auto over_blocks = [&](const auto& run) {
+    for (int64_t j = team.begin(D), last = team.end(D); j < last;) {
+      const int64_t g = j / Dg, first = j % Dg, count = min(Dg - first, last - j);
+      run(g, first, count);
+      j += count;
+    }
+  };
+  over_blocks([&](int64_t g, int64_t first, int64_t count) {
+    const S* row = w.hidden.weight + (g * Dg + first) * w.hidden.ld;
+    start_rows(w.hidden.bias, g * Dg + first, count, N, s.cell1, D);
+    add_product(h + g * Dg, D, N, row, w.hidden.ld, count, Dg, s.cell1 + g * Dg + first, D);
+    add_product(s.x, X, N, row + Dg, w.hidden.ld, count, X, s.cell1 + g * Dg + first, D);
+  });
+  team.sync();
+  for (int64_t n = row_begin; n < row_end; ++n)
+    norm.forward(s.cell1 + n * D, w.hidden.scale, w.hidden.shift, D, S(f.eps), s.y + n * D);
+  team.sync();
+  over_blocks([&](int64_t g, int64_t first, int64_t count) {
+    for (int64_t part = 0; part < 3; ++part) {
+      const int64_t column = (3 * g + part) * Dg + first;
+      start_rows(w.gates.bias, column, count, N, s.cell2, 3 * D);
+      add_product(s.y + g * Dg, D, N, w.gates.weight + column * w.gates.ld, w.gates.ld, count, Dg, s.cell2 + column,
+                  3 * D);
+    }
+    for (int64_t n = 0; n < N; ++n)
+      block_gru_row(s.cell2 + n * 3 * D + 3 * g * Dg, h + n * D + g * Dg, Dg, first, count,
+                    a.deter_out + n * D + g * Dg);
+  });
+  team.sync();
+}
+
+template <typename S>
+void act(const RssmActArgs<S>& a, const Team& team) {
+  const ActScratch<S> s(a, team.rank);
+  const RssmForm& f = a.form;
+  const int64_t N = a.N, D = f.D, H = f.H, Z = f.stoch(), Q = f.stats(), A = a.A, G = f.groups;
+  const NormAct<S> norm = norm_act<S>(f.norm, f.activation);
+  const int64_t begin = team.begin(N), end = team.end(N);
+  bool resets = false;
+  for (int64_t n = 0; n < N; ++n) resets |= a.is_first && a.is_first[n];
+  const S *h = a.deter, *z = a.stoch;
+  if (resets || a.stoch_index) {
+    for (int64_t n = begin; n < end; ++n) {
+      const bool reset = a.is_first && a.is_first[n];
+      if (reset) {
+        zero_row(s.h + n * D, D);
+        zero_row(s.z + n * Z, Z);
+        continue;
+      }
+      copy_row(a.deter + n * D, s.h + n * D, D);
+      if (a.stoch_index)
+        one_hot_row(a.stoch_index + n * G, G, f.classes, s.z + n * Z);
+      else
+        copy_row(a.stoch + n * Z, s.z + n * Z, Z);
+    }
+    h = s.h;
+    z = s.z;
+    team.sync();
+  }
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t j = 0; j < A; ++j) {
+      S x = a.is_first && a.is_first[n] ? S(0) : a.action[n * A + j];
+      if (f.cell == RssmCell::kBlockGru) {
+        const S magnitude = x < S(0) ? -x : x;
+        x = magnitude > S(1) ? x / magnitude : x;
+      }
+      s.action[n * A + j] = x;
+    }
+  act_cell(team, a, s, h, z);
+  const S* input = a.deter_out;
+  int64_t K = D;
+  for (int64_t i = 0; i < a.head_layers; ++i) {
+    const RssmLayer<S>& layer = a.head[i];
+    const bool last = i + 1 == a.head_layers;
+    const int64_t width = last ? Q : H, first = team.begin(width), count = team.end(width) - first;
+    S* y = last ? a.stats : s.o;
+    start_rows(layer.bias, first, count, N, y, width);
+    add_product(input, K, N, layer.weight + first * layer.ld, layer.ld, count, K, y + first, width);
+    if (i == 0 && a.embed)
+      add_product(a.embed, a.E, N, layer.weight + first * layer.ld + D, layer.ld, count, a.E, y + first, width);
+    team.sync();
+    if (last) break;
+    for (int64_t n = 0; n < N; ++n)
+      norm.forward(s.o + n * H, layer.scale, layer.shift, H, S(f.eps), s.head + n * H);
+    if (i + 2 < a.head_layers) team.sync();  // the next hidden layer overwrites what others may still read
+    input = s.head;
+    K = H;
+  }
+  for (int64_t n = begin; n < end; ++n) {
+    uint8_t* index = a.index + n * G;
+    if (a.force_index)
+      for (int64_t g = 0; g < G; ++g) index[g] = a.force_index[n * G + g];
+    else
+      sample_row(a.stats + n * Q, a.noise + n * G, G, f.classes, S(f.unimix), s.probs, index);
+    one_hot_row(index, G, f.classes, a.stoch_out + n * Z);
+  }
+}
+
+template <typename S>
+void fill(KernelsOf<S>& table) {
+  table.rssm_act_workspace = act_workspace<S>;
+  table.rssm_act = act<S>;
+}
+
+}  // namespace
+
+void fill_rssm_act(Kernels& table) {
+  fill(table.f32);
+  fill(table.f64);
+}
+
+}  // namespace pywm::cpu::PYWM_ISA
