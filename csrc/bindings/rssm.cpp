@@ -475,7 +475,7 @@ bool read_layer(Call& call, py::handle layer, std::initializer_list<int64_t> sha
   return call.ok() && (norm == Norm::kNone) == !out.scale && (norm == Norm::kLayer) == (out.shift != nullptr);
 }
 
-constexpr int64_t kMostHeadLayers = 16, kMostRows = 64, kMacsForTeam = 1 << 19;
+constexpr int64_t kMostHeadLayers = 16, kMostRows = 64, kMacsForTeam = 1 << 21;
 
 // The model of RSSMParams, a tuple: config, deter_in, stoch_in, action_in, hidden, gates, candidate, prior, posterior.
 template <typename S>

@@ -16,6 +16,19 @@
 namespace pywm::cpu::PYWM_ISA {
 namespace {
 
+// The sum of a vector's numbers, half and half.
+template <typename S, typename Vector>
+inline S sum_of(const Vector& v) {
+  constexpr int L = Simd<S>::kLanes;
+  alignas(kVectorBytes) S x[L];
+  *reinterpret_cast<Vector*>(x) = v;
+#pragma GCC unroll 4
+  for (int half = L / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int l = 0; l < half; ++l) x[l] += x[l + half];
+  return x[0];
+}
+
 // y [R, O] += x [R, K]·w [O, K]^T.
 template <typename S, int R, int O>
 inline void add_dots(const S* x, int64_t ldx, const S* w, int64_t ldw, int64_t K, S* y, int64_t ldy) {
@@ -36,8 +49,7 @@ inline void add_dots(const S* x, int64_t ldx, const S* w, int64_t ldw, int64_t K
   }
   for (int r = 0; r < R; ++r)
     for (int o = 0; o < O; ++o) {
-      S total = S(0);
-      for (int64_t l = 0; l < L; ++l) total += sum[r][o][l];
+      S total = sum_of<S>(sum[r][o]);
       for (int64_t i = k; i < K; ++i) total += x[r * ldx + i] * w[o * ldw + i];
       y[r * ldy + o] += total;
     }

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import re
 import shlex
 import struct
@@ -137,6 +138,28 @@ def tell(why: str) -> None:
     if why not in _told:
         _told.add(why)
         logging.getLogger("pywm").warning("compiled kernels are not used: %s", why)
+
+
+_in_child = False
+
+
+def _mark_child() -> None:
+    global _in_child
+    _in_child = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mark_child)
+
+
+def let_products_work() -> None:
+    """Call before torch's products where an op must not hang.
+
+    In a child of a process that has used torch's thread pool, the pool's threads are not there, and a product waits for
+    them for ever; with one thread torch asks for none.
+    """
+    if _in_child and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
 
 
 def supports(x: Tensor) -> bool:

@@ -226,6 +226,7 @@ def _kernel(
     force: Tensor | None,
     force_action: Tensor | None,
 ) -> Imagined:
+    _native.let_products_work()
     c = params.config
     N, D, Z = deter.shape[0], c.deter, c.stoch_width
     tensors, present = rssm_scan.flat(params)

@@ -108,6 +108,7 @@ def observe(
     c = params.config
     if not is_served(embed, c) or embed.shape[1] == 0 or is_transformed():
         return reference_rssm.observe(params, embed, action, is_first, deter, stoch, noise, force)
+    _native.let_products_work()
     tensors, present = flat(params)
     scan = Scan.of(c, present)
     traced = torch.compiler.is_compiling() or any(type(x) not in _PLAIN for x in (embed, *tensors))

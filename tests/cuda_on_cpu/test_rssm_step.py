@@ -282,10 +282,8 @@ def test_imagination_equals_the_reference(cell: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(rssm_products, "rows", rows)
     model, g = model_of(cell), torch.Generator().manual_seed(1)
     width, layers = model.config.feat, []
-    for outputs in (9, 2):
-        layers.append(
-            Layer(torch.randn(outputs, width, generator=g).double() / 4, None, torch.ones(outputs).double())
-        )
+    for outputs, scale in ((9, torch.ones(9).double()), (2, None)):
+        layers.append(Layer(torch.randn(outputs, width, generator=g).double() / 4, None, scale))
         width = outputs
     policy = Policy(tuple(layers))
     index = torch.randint(5, (4, 3), generator=g).to(torch.uint8)
