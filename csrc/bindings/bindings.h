@@ -14,6 +14,7 @@
 #include <initializer_list>
 #include <limits>
 #include <new>
+#include <stdexcept>
 #include <type_traits>
 #include <utility>
 
@@ -101,6 +102,7 @@ class Call {
   }
 
   bool ok() const { return ok_; }
+  bool direct() const { return direct_; }
   bool is_float() const { return first_.dtype.bits == 32; }
   bool on_cpu() const { return first_.device.type == abi::kCPU; }
   const View& first() const { return first_; }
@@ -390,6 +392,8 @@ struct Fast<fn> {
       error.set_error();
     } catch (const std::bad_alloc&) {
       PyErr_NoMemory();
+    } catch (const std::out_of_range& error) {
+      PyErr_SetString(PyExc_IndexError, error.what());
     } catch (const std::exception& error) {
       PyErr_SetString(PyExc_RuntimeError, error.what());
     }

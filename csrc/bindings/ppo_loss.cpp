@@ -1,8 +1,7 @@
 // The PPO loss of each family of distributions, with its gradients.
 
-#include <pybind11/stl.h>
-
-#include <vector>
+#include <array>
+#include <utility>
 
 #include "bindings.h"
 
@@ -31,15 +30,24 @@ struct PpoTensors {
       for (int i = 0; i < rank; ++i) M *= like.shape[i];
   }
 
+  // A call from below the dispatcher clips at -1 where nothing is clipped.
+  void numbers(Call& call, py::handle clip, py::handle value_clip, py::handle value_coef, py::handle entropy_coef,
+               py::handle normalize_advantage, bool direct) {
+    options.clip = call.number(clip, 0, INFINITY);
+    options.value_clip = value_clip.is_none() ? -1 : call.number(value_clip, direct ? -1 : 0, INFINITY);
+    options.value_coef = call.number(value_coef, 0, Call::kFinite);
+    options.entropy_coef = call.number(entropy_coef, 0, Call::kFinite);
+    options.normalize_advantage = normalize_advantage.ptr() == Py_True;
+    if (options.clip == 0 || !PyBool_Check(normalize_advantage.ptr())) call.refuse();
+  }
+
   void outputs(Call& call, py::handle like, int rank, bool want_value, int64_t columns) {
     loss = call.empty({}, loss_data);
     stats = call.empty({5}, stats_data);
-    if (want_value) {
+    if (want_value)
       grad_value = call.empty(call.first().shape, rank, grad_value_data);
-    } else {
-      grad_value = call.empty({0}, grad_value_data);
-      grad_value_data = nullptr;
-    }
+    else
+      grad_value = unwanted(call, grad_value_data);
     (void)like;
     (void)columns;
 #if defined(PYWM_WITH_CUDA)
@@ -51,6 +59,29 @@ struct PpoTensors {
       if (view_of(workspace, v)) workspace_data = static_cast<double*>(v.data);
     }
 #endif
+  }
+
+  // Below the dispatcher every output is a tensor; users are given None, which costs nothing.
+  static py::object unwanted(Call& call, void*& data) {
+    py::object none = call.direct() ? call.empty({0}, data) : py::none();
+    data = nullptr;
+    return none;
+  }
+
+  // The statistics as users see them: on the CPU tensors of their own, which take less time than views of one.
+  template <typename S>
+  py::object shown(Call& call) {
+    if (call.direct() || !call.on_cpu()) return stats;
+    constexpr int kStats = 5;
+    py::tuple each(kStats);
+    for (int i = 0; i < kStats; ++i) {
+      void* data = nullptr;
+      py::object x = call.empty({}, data);
+      if (!call.ok()) return stats;
+      *static_cast<S*>(data) = static_cast<const S*>(stats_data)[i];
+      each[i] = std::move(x);
+    }
+    return each;
   }
 
   template <typename S>
@@ -70,43 +101,53 @@ struct PpoTensors {
   }
 };
 
-py::object ppo_loss_categorical(py::handle logits, const std::vector<int64_t>& nvec, py::handle action,
-                                py::handle old_log_prob, py::handle advantage, py::handle value, py::handle returns,
-                                py::handle old_value, py::handle valid, double clip, double value_clip,
-                                double value_coef, double entropy_coef, bool normalize_advantage, bool grouped,
-                                bool want_dist, bool want_value, bool direct) {
+py::object ppo_loss_categorical(py::handle logits, py::handle nvec_, py::handle action, py::handle old_log_prob,
+                                py::handle advantage, py::handle value, py::handle returns, py::handle old_value,
+                                py::handle valid, py::handle clip, py::handle value_clip, py::handle value_coef,
+                                py::handle entropy_coef, py::handle normalize_advantage, bool grouped, bool want_dist,
+                                bool want_value, bool direct) {
   Call call("ppo_loss_categorical", direct);
   const void* l = call.first(logits, -1);
-  if (!call.ok() || call.first().ndim < 1) return py::none();
+  const bool tuple = PyTuple_Check(nvec_.ptr());
+  if (!call.ok() || call.first().ndim < 1 || !(tuple || PyList_Check(nvec_.ptr()))) return py::none();
   const int rank = call.first().ndim - 1;
   int64_t width = 0;
-  for (int64_t n : nvec) {
+  std::array<int64_t, pywm::kMaxGroups> nvec;
+  const Py_ssize_t groups = Py_SIZE(nvec_.ptr());
+  if (groups > static_cast<Py_ssize_t>(nvec.size())) return py::none();
+  for (Py_ssize_t i = 0; i < groups; ++i) {
+    PyObject* item = tuple ? PyTuple_GET_ITEM(nvec_.ptr(), i) : PyList_GET_ITEM(nvec_.ptr(), i);
+    const int64_t n = nvec[static_cast<size_t>(i)] = PyLong_Check(item) ? PyLong_AsLongLong(item) : 0;
+    if (PyErr_Occurred()) PyErr_Clear();
     if (n < 1 || n > call.first().shape[rank] - width) return py::none();  // sums of anything could overflow
     width += n;
   }
-  const int64_t G = static_cast<int64_t>(nvec.size());
-  if (width != call.first().shape[rank] || G > pywm::kMaxGroups || (!grouped && G != 1)) return py::none();
+  const int64_t G = groups;
+  if (width != call.first().shape[rank] || (!grouped && G != 1)) return py::none();
   const int64_t* act = call.classes(action, call.first(), rank, grouped ? G : -1);
   PpoTensors t;
   t.inputs(call, old_log_prob, advantage, value, returns, old_value, valid, rank);
-  if (!call.ok() || t.M == 0 || (value_clip >= 0) != (t.old_value != nullptr)) return py::none();
-  t.options = {clip, value_clip, value_coef, entropy_coef, normalize_advantage};
+  t.numbers(call, clip, value_clip, value_coef, entropy_coef, normalize_advantage, direct);
+  if (!call.ok() || t.M == 0 || (t.options.value_clip >= 0) != (t.old_value != nullptr)) return py::none();
   t.outputs(call, logits, rank, want_value, 0);
   void* grad_data;
-  py::object grad = call.wanted(want_dist, grad_data);
+  py::object grad = want_dist ? call.like_first(grad_data) : PpoTensors::unwanted(call, grad_data);
   if (!call.ok()) return py::none();
+  py::object stats;
   by_dtype(call, [&]<typename S>() {
     const pywm::PpoLossCategoricalArgs<S> a{t.common<S>(), in<S>(l), act, nvec.data(), out<S>(grad_data), G, width};
     call.run([&] { pywm::cpu::ppo_loss_categorical(a); },
              [&](void* stream) { pywm::cuda::ppo_loss_categorical(a, stream); });
+    stats = t.shown<S>(call);
   });
-  return py::make_tuple(t.loss, t.stats, grad, t.grad_value);
+  return py::make_tuple(t.loss, stats, grad, t.grad_value);
 }
 
 py::object ppo_loss_gaussian(py::handle mean, py::handle log_std, py::handle action, py::handle old_log_prob,
                              py::handle advantage, py::handle value, py::handle returns, py::handle old_value,
-                             py::handle valid, double clip, double value_clip, double value_coef, double entropy_coef,
-                             bool normalize_advantage, bool want_dist, bool want_value, bool direct) {
+                             py::handle valid, py::handle clip, py::handle value_clip, py::handle value_coef,
+                             py::handle entropy_coef, py::handle normalize_advantage, bool want_dist, bool want_value,
+                             bool direct) {
   Call call("ppo_loss_gaussian", direct);
   const void* mu = call.first(mean, -1);
   if (!call.ok() || call.first().ndim < 1) return py::none();
@@ -120,32 +161,40 @@ py::object ppo_loss_gaussian(py::handle mean, py::handle log_std, py::handle act
   const void* act = call.floats(action);
   PpoTensors t;
   t.inputs(call, old_log_prob, advantage, value, returns, old_value, valid, rank);
-  if (!call.ok() || t.M == 0 || (value_clip >= 0) != (t.old_value != nullptr)) return py::none();
-  t.options = {clip, value_clip, value_coef, entropy_coef, normalize_advantage};
+  t.numbers(call, clip, value_clip, value_coef, entropy_coef, normalize_advantage, direct);
+  if (!call.ok() || t.M == 0 || (t.options.value_clip >= 0) != (t.old_value != nullptr)) return py::none();
   t.outputs(call, mean, rank, want_value, shared && want_dist ? A : 0);
-  void *mean_data, *log_std_data = nullptr;
-  py::object grad_mean = call.wanted(want_dist, mean_data);
-  py::object grad_log_std =
-      shared ? call.empty({want_dist ? A : 0}, log_std_data) : call.wanted(want_dist, log_std_data);
-  if (!want_dist) log_std_data = nullptr;
+  void *mean_data, *log_std_data;
+  py::object grad_mean = want_dist ? call.like_first(mean_data) : PpoTensors::unwanted(call, mean_data);
+  py::object grad_log_std = !want_dist ? PpoTensors::unwanted(call, log_std_data)
+                            : shared   ? call.empty({A}, log_std_data)
+                                       : call.like_first(log_std_data);
   if (!call.ok()) return py::none();
+  py::object stats;
   by_dtype(call, [&]<typename S>() {
     const pywm::PpoLossGaussianArgs<S> a{
         t.common<S>(), in<S>(mu), in<S>(ls), in<S>(act), out<S>(mean_data), out<S>(log_std_data), A, shared ? 1 : t.M};
     call.run([&] { pywm::cpu::ppo_loss_gaussian(a); }, [&](void* stream) { pywm::cuda::ppo_loss_gaussian(a, stream); });
+    stats = t.shown<S>(call);
   });
-  return py::make_tuple(t.loss, t.stats, grad_mean, grad_log_std, t.grad_value);
+  return py::make_tuple(t.loss, stats, grad_mean, grad_log_std, t.grad_value);
 }
 
 }  // namespace
 
 void define_ppo_loss(py::module_& m) {
-  m.def("ppo_loss_categorical", &ppo_loss_categorical, "logits"_a, "nvec"_a, "action"_a, "old_log_prob"_a,
-        "advantage"_a, "value"_a, "returns"_a, "old_value"_a, "valid"_a, "clip"_a, "value_clip"_a, "value_coef"_a,
-        "entropy_coef"_a, "normalize_advantage"_a, "grouped"_a, "want_dist"_a, "want_value"_a, "direct"_a);
-  m.def("ppo_loss_gaussian", &ppo_loss_gaussian, "mean"_a, "log_std"_a, "action"_a, "old_log_prob"_a, "advantage"_a,
-        "value"_a, "returns"_a, "old_value"_a, "valid"_a, "clip"_a, "value_clip"_a, "value_coef"_a, "entropy_coef"_a,
-        "normalize_advantage"_a, "want_dist"_a, "want_value"_a, "direct"_a);
+  define_fast<&ppo_loss_categorical>(
+      m, "ppo_loss_categorical",
+      "ppo_loss_categorical(logits: object, nvec: object, action: object, old_log_prob: object, advantage: object, "
+      "value: object, returns: object, old_value: object, valid: object, clip: object, value_clip: object, "
+      "value_coef: object, entropy_coef: object, normalize_advantage: object, grouped: bool, want_dist: bool, "
+      "want_value: bool, direct: bool) -> object");
+  define_fast<&ppo_loss_gaussian>(
+      m, "ppo_loss_gaussian",
+      "ppo_loss_gaussian(mean: object, log_std: object, action: object, old_log_prob: object, advantage: object, "
+      "value: object, returns: object, old_value: object, valid: object, clip: object, value_clip: object, "
+      "value_coef: object, entropy_coef: object, normalize_advantage: object, want_dist: bool, want_value: bool, "
+      "direct: bool) -> object");
 }
 
 }  // namespace pywm::bindings

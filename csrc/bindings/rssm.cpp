@@ -510,8 +510,8 @@ bool read_model(Call& call, py::handle params, RssmActArgs<S>& a, std::vector<Rs
   return true;
 }
 
-// One step of a few states without gradients: deter, stoch, index, logits. Whatever does not fit is declined. `noise` is
-// a tensor or what draws one, called when all else fits: a call that is declined must not advance a generator.
+// One step of a few states without gradients: deter, stoch, index, logits. Whatever does not fit is declined. `noise`
+// is a tensor or what draws one, called when all else fits: a call that is declined must not advance a generator.
 py::object rssm_act(py::handle form, py::handle params, py::handle deter, py::handle stoch, py::handle action,
                     py::handle embed, py::handle is_first, py::handle noise, py::handle force) {
   Call call("rssm_act", false);

@@ -120,6 +120,14 @@ def ppo_loss(
     Source:
         Schulman et al. (2017), eq. 7 and 9; details as in Huang et al. (2022), "The 37 implementation details of PPO".
     """
+    constants = (old_log_prob, advantage, value, returns, old_value, valid)
+    unused = old_value is not None and value_clip is None  # looked at all the same
+    if not (is_compiling() or unused or _native.is_disabled() or forward_ad._current_level >= 0):
+        result = _fast(
+            dist, action, constants, (clip, value_clip, value_coef, entropy_coef, normalize_advantage)
+        )
+        if result is not None:
+            return result
     clip = _check.number("ppo_loss", "clip", clip, exclusive_low=True)
     if value_clip is None:
         if old_value is not None and isinstance(value, Tensor):
@@ -139,10 +147,6 @@ def ppo_loss(
         entropy_coef,
         normalize_advantage,
     )
-    if not is_compiling() and not _native.is_disabled() and forward_ad._current_level < 0:
-        result = _fast(dist, action, (old_log_prob, advantage, value, returns, old_value, valid), numbers)
-        if result is not None:
-            return result
     _check_call(dist, action, old_log_prob, advantage, value, returns, old_value, valid)
     constants = (old_log_prob, advantage, value, returns, old_value, valid)
     first = dist.mean if isinstance(dist, DiagGaussian) else dist.logits
@@ -201,21 +205,21 @@ def _fast(
             return None
     except IndexError as error:
         raise ValueError(str(error)) from None
-    except (AttributeError, TypeError):  # not what the binding takes: the checks say what it is
+    except AttributeError:  # no distribution of tensors: the checks say what it is
         return None
     if result is None:
         return None
     loss, stats, *gradients = result
     if want or want_value:
         loss = _Attach.apply(loss, *gradients, *inputs, value)  # type: ignore[no-untyped-call]
-    return PPOLoss(loss, PPOStats(*stats.unbind()))
+    return PPOLoss(loss, PPOStats(*(stats if type(stats) is tuple else stats.unbind())))
 
 
 class _Attach(torch.autograd.Function):
     """Give a finished loss the gradients that were computed with it."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, *tensors: Tensor | None) -> Tensor:
         ctx.save_for_backward(*tensors)
         return loss
 
