@@ -585,6 +585,25 @@ py::object rssm_act(py::handle form, py::handle params, py::handle deter, py::ha
   return result;
 }
 
+// An empty tensor of like's dtype, or of bytes, in the memory that outputs have: pages of 4 KB, which the system clears
+// one fault at a time, would take longer than some kernels.
+py::object new_output(py::handle like, py::handle sizes, bool bytes) {
+  Call call("new_output", true);
+  call.first(like, -1);
+  if (!call.ok() || !PyTuple_Check(sizes.ptr()) || PyTuple_GET_SIZE(sizes.ptr()) > kMaxRank) return py::none();
+  std::array<int64_t, kMaxRank> shape{};
+  const int rank = static_cast<int>(PyTuple_GET_SIZE(sizes.ptr()));
+  for (int i = 0; i < rank; ++i) {
+    shape[static_cast<size_t>(i)] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), i));
+    if (shape[static_cast<size_t>(i)] < 0) {
+      PyErr_Clear();
+      return py::none();
+    }
+  }
+  void* unused = nullptr;
+  return bytes ? call.bytes(shape.data(), rank, unused) : call.empty(shape.data(), rank, unused);
+}
+
 // The classes of one-hot actions [T, N, A] in `classes` [T, N] uint8, A for the zeros where an episode begins; False if
 // some action is neither.
 py::object action_classes(py::handle action, py::handle is_first, py::handle classes) {
@@ -623,6 +642,7 @@ void define_rssm(py::module_& m) {
   define_fast<&rssm_act>(m, "rssm_act",
                          "rssm_act(form: object, params: object, deter: object, stoch: object, action: object, "
                          "embed: object, is_first: object, noise: object, force: object) -> object");
+  define_fast<&new_output>(m, "new_output", "new_output(like: object, sizes: object, bytes: bool) -> object");
   m.def("action_classes", &action_classes, "action"_a, "is_first"_a, "classes"_a);
   define_fast<&rssm_observe_backward>(
       m, "rssm_observe_backward",

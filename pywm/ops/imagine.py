@@ -248,13 +248,13 @@ def _kernel(
         )
         shown = reference_rssm.distribution(stats, c)
         return Imagined(deters, _rssm_check.shaped(stochs, c), classes, action, shown, outputs, "products")
-    deters = deter.new_empty(horizon + 1, N, D)
-    stochs = deter.new_empty(horizon + 1, N, Z)
+    new = _native.module().new_output
+    deters, stochs = (served(new(deter, (horizon + 1, N, width), False), "imagine") for width in (D, Z))
     deters[0].copy_(deter)
     stochs[0].copy_(stoch)
     index = None
     if not c.is_gaussian:
-        index = torch.empty(horizon + 1, N, c.stoch, dtype=torch.uint8)
+        index = served(new(deter, (horizon + 1, N, c.stoch), True), "imagine")
         index[0] = (
             given if given.dtype == torch.uint8 else _classes(stoch.unflatten(-1, (c.stoch, c.classes)))
         )
