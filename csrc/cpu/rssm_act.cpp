@@ -4,8 +4,8 @@
 //   categorical latents.
 // Layout: rows contiguous; weights as they are, [out, in]: packing them would take longer than the step.
 // Mapping: every output of a layer is a product of a row of its weight with a state. Members of a team share the
-//   outputs of a layer, so each weight is read once, by one core; a light barrier after each layer. What is cheap (norms
-//   of hidden layers) each member does for itself.
+//   outputs of a layer, so each weight is read once, by one core; a light barrier after each layer. What is cheap
+//   (norms of hidden layers) each member does for itself.
 // Cost: the weights once from wherever they are: bandwidth-bound for one state, 2·N flops a weight.
 // Numerics: everything in S; a product's sum runs in as many parts as a vector has lanes.
 // Source: Hafner et al. (2021, 2023); the formulas of the cells in ../math/gru.h.
@@ -248,8 +248,7 @@ void act(const RssmActArgs<S>& a, const Team& team) {
       add_product(a.embed, a.E, N, layer.weight + first * layer.ld + D, layer.ld, count, a.E, y + first, width);
     team.sync();
     if (last) break;
-    for (int64_t n = 0; n < N; ++n)
-      norm.forward(s.o + n * H, layer.scale, layer.shift, H, S(f.eps), s.head + n * H);
+    for (int64_t n = 0; n < N; ++n) norm.forward(s.o + n * H, layer.scale, layer.shift, H, S(f.eps), s.head + n * H);
     if (i + 2 < a.head_layers) team.sync();  // the next hidden layer overwrites what others may still read
     input = s.head;
     K = H;

@@ -162,7 +162,7 @@ void cell_forward(const Team& team, const RssmForm& f, const RssmWeights<S>& w, 
       const int64_t from = first_panel > g * count ? (first_panel - g * count) * kCols : 0;
       for (int64_t r = 0; r < rows; ++r)
         block_gru_row(s.cell2 + r * 3 * D + 3 * g * Dg, s.h + r * D + g * Dg, Dg, from, first + n - from,
-                        s.deter + r * D + g * Dg);
+                      s.deter + r * D + g * Dg);
     }
     team.sync();
     return;

@@ -15,7 +15,7 @@
 namespace pywm::cpu::PYWM_ISA {
 namespace {
 
-constexpr int64_t kRows = 48;  // a multiple of every tile's rows
+constexpr int64_t kRows = 96;  // a multiple of every tile's rows
 
 // Packed layers of a perceptron, and its widths.
 template <typename S>
