@@ -266,8 +266,7 @@ def stub() -> str:
     from pywm.ops import _native
 
     module = _native.module()
-    lines = ['"""Compiled kernels of pywm; written from the module by `make docs`, do not edit."""', ""]
-    lines += ["from collections.abc import Sequence", "from typing import Any", ""]
+    lines = []
     names = [name for name in sorted(vars(module)) if not name.startswith("__") or name == "__version__"]
     for name in names:
         if not callable(getattr(module, name)):
@@ -277,7 +276,11 @@ def stub() -> str:
         if callable(getattr(module, name)):
             signature = (inspect.getdoc(getattr(module, name)) or "").splitlines()[0]
             lines.append(f"def {_types(signature)}: ...")
-    return _formatted("\n".join(lines) + "\n")
+    head = ['"""Compiled kernels of pywm; written from the module by `make docs`, do not edit."""', ""]
+    if any("Sequence[" in line for line in lines):
+        head.append("from collections.abc import Sequence")
+    head += ["from typing import Any", ""]
+    return _formatted("\n".join(head + lines) + "\n")
 
 
 def _types(signature: str) -> str:

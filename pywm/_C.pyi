@@ -1,6 +1,5 @@
 """Compiled kernels of pywm; written from the module by `make docs`, do not edit."""
 
-from collections.abc import Sequence
 from typing import Any
 
 __version__: str
