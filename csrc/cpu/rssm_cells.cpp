@@ -196,7 +196,7 @@ void cell_forward(const Team& team, const RssmForm& f, const RssmWeights<S>& w, 
     team.sync();
     for (int64_t r = begin; r < end; ++r)
 #pragma GCC ivdep
-      for (int64_t j = 0; j < D; ++j) s.y[r * D + j] = math::sigmoid(s.cell1[r * 2 * D + j]) * s.h[r * D + j];
+      for (int64_t j = 0; j < D; ++j) s.y[r * D + j] = math::reset_before_reset(s.cell1[r * 2 * D + j], s.h[r * D + j]);
     team.sync();
     product(team, s.x, X, packed.candidate, w.candidate.bias, s.cell2, D, rows, D, H);
     product(team, s.y, D, packed.candidate_deter, static_cast<const S*>(nullptr), s.cell2, D, rows, D, D, true);
@@ -204,10 +204,8 @@ void cell_forward(const Team& team, const RssmForm& f, const RssmWeights<S>& w, 
     for (int64_t r = begin; r < end; ++r) {
       S* deter = s.deter + r * D;
 #pragma GCC ivdep
-      for (int64_t j = 0; j < D; ++j) {
-        const S keep = math::sigmoid(s.cell1[r * 2 * D + D + j]);
-        deter[j] = keep * s.h[r * D + j] + (S(1) - keep) * math::tanh(s.cell2[r * D + j]);
-      }
+      for (int64_t j = 0; j < D; ++j)
+        deter[j] = math::reset_before_update(s.cell1[r * 2 * D + D + j], s.cell2[r * D + j], s.h[r * D + j]);
     }
   }
   team.sync();

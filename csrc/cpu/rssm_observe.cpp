@@ -398,11 +398,11 @@ void cell_backward(const Team& team, const RssmObserveBackwardArgs<S>& a, const 
       S *out_gates = grad1 + r * 2 * D, *out_candidate = grad2 + r * D, *cr = carry + r * D, *yr = y + r * D;
 #pragma GCC ivdep
       for (int64_t j = 0; j < D; ++j) {
-        const S reset = math::sigmoid(ru[j]), keep = math::sigmoid(ru[D + j]), candidate = math::tanh(c[j]);
-        out_candidate[j] = g[j] * (S(1) - keep) * (S(1) - candidate * candidate);
-        out_gates[D + j] = g[j] * (hr[j] - candidate) * keep * (S(1) - keep);
-        cr[j] = keep * g[j];
-        yr[j] = reset * hr[j];
+        const auto back = math::reset_before_update_grad(g[j], ru[D + j], c[j], hr[j]);
+        out_candidate[j] = back.candidate;
+        out_gates[D + j] = back.update;
+        cr[j] = back.deter;
+        yr[j] = math::reset_before_reset(ru[j], hr[j]);
       }
     }
     team.sync();
@@ -413,9 +413,9 @@ void cell_backward(const Team& team, const RssmObserveBackwardArgs<S>& a, const 
       S *out_gates = grad1 + r * 2 * D, *cr = carry + r * D;
 #pragma GCC ivdep
       for (int64_t j = 0; j < D; ++j) {
-        const S reset = math::sigmoid(ru[j]);
-        out_gates[j] = gy[j] * hr[j] * reset * (S(1) - reset);
-        cr[j] += gy[j] * reset;
+        const auto back = math::reset_before_reset_grad(gy[j], ru[j], hr[j]);
+        out_gates[j] = back.reset;
+        cr[j] += back.deter;
       }
     }
     team.sync();
