@@ -242,7 +242,9 @@ def full_precision(params: object, *tensors: object) -> list[Any] | None:
     x = tensors[0]
     if not isinstance(x, Tensor) or not isinstance(params, RSSMParams):
         return None
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.device.type == "meta" or not torch.is_autocast_enabled(
+        x.device.type
+    ):  # there is no autocast of meta
         return None
     dtype = params.gates.weight.dtype
     return [t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors]

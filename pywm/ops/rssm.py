@@ -236,7 +236,7 @@ def _act(
     if type(params) is not RSSMParams or type(state) is not RSSMState or seed is not None:
         return None
     deter, stoch = state
-    if type(deter) is not Tensor or deter.ndim != 2 or torch.is_autocast_enabled(deter.device.type):
+    if type(deter) is not Tensor or deter.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
     c = params.config
     if force is not None and (noise is not None or type(force) is not Tensor or force.dtype != torch.uint8):
