@@ -162,6 +162,50 @@ struct MlpBackwardArgs {
   Activation activation, output_activation;
 };
 
+// A perceptron of L layers: weights[l] [sizes[l + 1], sizes[l]], biases[l] [sizes[l + 1]]; behind each of the first
+// `norms`, L or L - 1, a root mean square norm with scales[l] [sizes[l + 1]], and SiLU. Of M rows. The first layer
+// takes inputs() numbers, then `groups` one-hot vectors of `classes`, which may be none. See pywm/ops/norm_mlp.py.
+struct NormMlpForm {
+  const int64_t* sizes;
+  int64_t M, L, norms, groups, classes;
+  int64_t inputs() const { return sizes[0] - groups * classes; }
+};
+constexpr int64_t kMostNormMlpLayers = 16;
+
+// x [M, inputs()], index [M, groups] or null. hidden: z of the layers with a norm, [M, width] one after another, or
+// null.
+template <typename S>
+struct NormMlpArgs {
+  NormMlpForm form;
+  const S* x;
+  const uint8_t* index;
+  const S* const* weights;
+  const S* const* biases;
+  const S* const* scales;
+  S *y, *hidden;
+  S* scratch;  // norm_mlp_workspace elements
+  int64_t members;
+  S eps;
+};
+
+// grad_x may be null; so may the gradients of the parameters, all together.
+template <typename S>
+struct NormMlpBackwardArgs {
+  NormMlpForm form;
+  const S *grad_y, *x;
+  const uint8_t* index;
+  const S* hidden;
+  const S* const* weights;
+  const S* const* scales;
+  S* grad_x;
+  S* const* grad_weights;
+  S* const* grad_biases;
+  S* const* grad_scales;
+  S* scratch;  // norm_mlp_backward_workspace elements
+  int64_t members;
+  S eps;
+};
+
 // Rows of D numbers, normalised (RMS, or LayerNorm with `layer`), scaled, shifted (shift may be null) and activated.
 // scale, shift [turns, D]: row m has number m % turns, so that layers side by side are one call. See
 // pywm/ops/norm_act.py.
@@ -294,6 +338,19 @@ struct AdamArgs {
   S *exp_avg, *exp_avg_sq, *norm;
   int64_t P, step;
   double lr, beta1, beta2, eps, max_grad_norm;
+};
+
+// One step of LaProp with adaptive gradient clipping, in place, all of [P]; norm [1]. Tensor s of the network lies in
+// [offsets[s], offsets[s + 1]), offsets [segments + 1] ascending from 0 to P. clip < 0 does not clip.
+template <typename S>
+struct LaPropArgs {
+  S* param;
+  const S* grad;
+  S *exp_avg, *exp_avg_sq, *norm;
+  const int64_t* offsets;
+  double* workspace;  // CUDA only, scratch: laprop_workspace elements
+  int64_t P, segments, step;
+  double lr, beta1, beta2, eps, clip, min_norm;
 };
 
 // Random numbers by counting, out [T, N, slots]: element (t, n, s) takes word s % 4 of the counter (n, offset + t,
@@ -444,6 +501,7 @@ struct RssmForm {
   int64_t D, H, groups, classes, blocks;
   double unimix, eps, cell_eps, min_std;
   bool sigmoid_std;  // std = 2·sigmoid(x / 2) + min_std instead of softplus(x) + min_std
+  bool bfloat16;     // the operands of a scan's products are rounded to it; float only
 
   PYWM_HD bool gaussian() const { return classes == 0; }
   PYWM_HD int64_t stoch() const { return gaussian() ? groups : groups * classes; }      // width of a sample
@@ -527,6 +585,7 @@ struct PolicyNetwork {
 // Imagination from N starts: deter [H+1, N, D], stoch and index likewise, whose row 0 the caller has filled;
 // action [H, N, A], prior [H, N, stats], policy_stats [H, N, outputs]. stoch_proj [N, H] and policy_proj [N, U]: the
 // initial stoch times stoch_in and the policy's first layer. noise [H, N, groups], action_noise [H, N, A or groups].
+// Kept for the backward pass, or null: policy_pre [hidden layers of the policy, H, N, U], their pre-activations.
 template <typename S>
 struct RssmImagineArgs {
   RssmForm form;
@@ -540,8 +599,30 @@ struct RssmImagineArgs {
   const S *force_stoch, *force_action;
   S *deter, *stoch, *action, *prior_stats, *policy_stats;
   uint8_t* index;
+  S* policy_pre;
   S* scratch;  // rssm_imagine_workspace elements
   int64_t horizon, N, A, members;
+};
+
+// Gradients that come in: of deter and stoch [H+1, N, ...] and of the prior's statistics [H, N, stats] (null: zero).
+// The states of RssmImagineArgs come along, and what does not depend on the recurrence: action_proj [H, N, D]
+// (block_gru: into `hidden`, with its bias) or [H, N, H] (into stoch_in), stoch_proj [N, H]. noise [H, N, groups]: of
+// Gaussian latents. Out: the gradients of the start, and of every pre-activation as in RssmObserveBackwardArgs; those
+// of the prior's hidden layers, grad_prior [prior_layers - 1, H, N, H], and what they give, prior_x. norms: deter_in,
+// stoch_in, hidden or gates, the prior's hidden layers.
+template <typename S>
+struct RssmImagineBackwardArgs {
+  RssmForm form;
+  RssmWeights<S> w;  // no head
+  const RssmLayer<S>* prior;
+  int64_t prior_layers;
+  const S *grad_deter, *grad_stoch, *grad_stats;
+  const S *action_proj, *stoch_proj, *deter, *stoch, *stats, *noise;
+  const uint8_t* index;
+  S *grad_deter0, *grad_stoch0, *grad_stats_total, *grad_prior, *grad_cell1, *grad_cell2, *grad_u;
+  S *x, *y, *prior_x, *norms;
+  S* scratch;  // rssm_imagine_backward_workspace elements
+  int64_t horizon, N, members;
 };
 
 // One step for N states: the posterior's head if `embed` [N, E] is there, else the prior's, `head_layers` of which the
@@ -572,6 +653,10 @@ template <typename S>
 int64_t rssm_imagine_workspace(const RssmImagineArgs<S>&);
 template <typename S>
 void rssm_imagine(const RssmImagineArgs<S>&);
+template <typename S>
+int64_t rssm_imagine_backward_workspace(const RssmImagineBackwardArgs<S>&);
+template <typename S>
+void rssm_imagine_backward(const RssmImagineBackwardArgs<S>&);
 template <typename S>
 int64_t rssm_observe_workspace(const RssmForm& form, int64_t N, bool keep);
 template <typename S>
@@ -605,6 +690,15 @@ template <typename S>
 void mlp(const MlpArgs<S>&);
 template <typename S>
 void mlp_backward(const MlpBackwardArgs<S>&);
+template <typename S>
+void norm_mlp(const NormMlpArgs<S>&);
+template <typename S>
+void norm_mlp_backward(const NormMlpBackwardArgs<S>&);
+int64_t norm_mlp_members(const NormMlpForm&);  // threads that it is worth
+template <typename S>
+int64_t norm_mlp_workspace(const NormMlpForm&, int64_t members);
+template <typename S>
+int64_t norm_mlp_backward_workspace(const NormMlpForm&, int64_t members);
 template <typename S>
 int64_t mlp_workspace(const int64_t* sizes, int64_t L);
 template <typename S>
@@ -643,6 +737,8 @@ template <typename S>
 int64_t one_hot_linear_workspace(int64_t U, int64_t columns);
 template <typename S>
 void adam_step(const AdamArgs<S>&);
+template <typename S>
+void laprop_step(const LaPropArgs<S>&);
 template <typename S>
 void philox(const PhiloxArgs<S>&);
 template <typename S>
@@ -696,6 +792,9 @@ template <typename S>
 void ppo_loss_gaussian(const PpoLossGaussianArgs<S>&, Stream);
 // Doubles of scratch that a call needs: M rows, `columns` of log_std whose gradient is summed over rows (else 0).
 int64_t ppo_loss_workspace(int64_t M, int64_t columns);
+template <typename S>
+void laprop_step(const LaPropArgs<S>&, Stream);
+int64_t laprop_workspace(int64_t P, int64_t segments);
 template <typename S>
 void philox(const PhiloxArgs<S>&, Stream);
 template <typename S>

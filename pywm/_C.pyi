@@ -6,6 +6,7 @@ __version__: str
 cuda_reason: str
 has_cuda: bool
 keeps_memory: bool
+kept_limit: int
 max_groups: int
 
 def action_classes(action: Any, is_first: Any, classes: Any) -> Any: ...
@@ -163,6 +164,21 @@ def lambda_return_backward(
     want_discount: bool,
     want_next_value: bool,
 ) -> Any: ...
+def laprop_step_(
+    param: Any,
+    grad: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    offsets: Any,
+    step: Any,
+    lr: Any,
+    beta1: Any,
+    beta2: Any,
+    eps: Any,
+    clip: Any,
+    min_norm: Any,
+    direct: bool,
+) -> Any: ...
 def layernorm_gru_gates(pre: Any, scale: Any, shift: Any, deter: Any, eps: Any, direct: bool) -> Any: ...
 def layernorm_gru_gates_backward(
     grad: Any,
@@ -209,6 +225,27 @@ def norm_act_backward(
     want_x: bool,
     want_scale: bool,
     want_shift: bool,
+) -> Any: ...
+def norm_mlp(
+    x: Any,
+    index: Any,
+    weights: Any,
+    biases: Any,
+    scales: Any,
+    eps: Any,
+    keep: bool,
+    direct: bool,
+) -> Any: ...
+def norm_mlp_backward(
+    grad: Any,
+    x: Any,
+    index: Any,
+    kept: Any,
+    weights: Any,
+    scales: Any,
+    eps: Any,
+    want_x: bool,
+    want_parameters: bool,
 ) -> Any: ...
 def num_threads() -> int: ...
 def one_hot_linear(index: Any, weight: Any, bias: Any, direct: bool) -> Any: ...
@@ -327,6 +364,22 @@ def rssm_imagine(
     force_action: Any,
     deter: Any,
     stoch: Any,
+    index: Any,
+    keep: bool,
+) -> Any: ...
+def rssm_imagine_backward(
+    form: Any,
+    weights: Any,
+    prior: Any,
+    grad_deter: Any,
+    grad_stoch: Any,
+    grad_stats: Any,
+    action_proj: Any,
+    stoch_proj: Any,
+    deter: Any,
+    stoch: Any,
+    stats: Any,
+    noise: Any,
     index: Any,
 ) -> Any: ...
 def rssm_leave(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pywm.nn import MLP
-from pywm.optim import Adam, FlatParameters
+from pywm.optim import Adam, FlatParameters, LaProp, SlowCopy
 
 
 def _network(seed: int = 0) -> MLP:
@@ -85,3 +85,73 @@ def test_gradients_that_are_not_finite_change_nothing() -> None:
     assert optimizer.step().isnan()
     assert torch.equal(flat.data, before)
     assert not optimizer.exp_avg.any()
+
+
+def test_laprop_warms_up_from_zero_and_clips_each_parameter() -> None:
+    network = _network()
+    flat = FlatParameters(network)
+    sizes = [p.numel() for p in network.parameters()]
+    assert flat.offsets.diff().tolist() == sizes
+    optimizer = LaProp(flat, lr=0.1, warmup=4)
+    start = flat.data.clone()
+    rates = []
+    for step in range(7):
+        flat.backward(_loss(network, step))
+        rates.append(optimizer.next_lr)
+        norm = optimizer.step()
+        assert norm == pytest.approx(float(flat.grad.norm()))
+        if step == 0:
+            assert torch.equal(flat.data, start)
+            clipped = optimizer.exp_avg_sq.div(0.001).split(sizes)  # the squares of the clipped gradients
+            for g, p, c in zip(flat.grad.split(sizes), start.split(sizes), clipped, strict=True):
+                limit = 0.3 * max(1e-3, float(p.norm()))
+                assert float(c.sum().sqrt()) == pytest.approx(min(limit, float(g.norm())), rel=1e-3)
+    assert rates == pytest.approx([0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+    assert optimizer.updates == 7
+    assert not torch.equal(flat.data, start)
+    before = flat.data.clone()
+    optimizer.step(0.0)
+    assert torch.equal(flat.data, before)
+    assert LaProp(flat, warmup=0).next_lr == 4e-5
+    adam = Adam(flat, lr=0.1, warmup=2)
+    for rate in (0, 0.05, 0.1, 0.1):
+        before = flat.data.clone()
+        flat.backward(_loss(network, 0))
+        assert adam.next_lr == pytest.approx(rate)
+        adam.step()
+        assert torch.equal(flat.data, before) == (rate == 0)
+    for kind in (LaProp, Adam):
+        with pytest.raises(ValueError, match=f"{kind.__name__}: warmup is -1, but 0 or more was expected"):
+            kind(flat, warmup=-1)
+
+
+def test_laprop_learns() -> None:
+    network = _network()
+    flat = FlatParameters(network)
+    optimizer = LaProp(flat, lr=1e-2, warmup=10)
+    losses = []
+    for _ in range(150):
+        loss = _loss(network, 0)
+        flat.backward(loss)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.05 * losses[0]
+
+
+def test_a_slow_copy_follows() -> None:
+    network = _network()
+    flat = FlatParameters(network)
+    slow = SlowCopy(network, rate=0.25)
+    begin = flat.data.clone()
+    assert all(not p.requires_grad for p in slow.module.parameters())
+    with torch.no_grad():
+        flat.data.add_(1.0)
+    assert torch.equal(torch.cat([p.flatten() for p in slow.module.parameters()]), begin)
+    for share in (0.25, 0.4375):
+        slow.update()
+        copied = torch.cat([p.flatten() for p in slow.module.parameters()])
+        torch.testing.assert_close(copied, begin + share)
+    assert torch.equal(flat.data, begin + 1)
+    for rate in (0.0, 1.5):
+        with pytest.raises(ValueError, match=f"SlowCopy: rate is {rate}, but a number in"):
+            SlowCopy(network, rate=rate)

@@ -32,10 +32,12 @@ using abi::View;
 void define_returns(py::module_& m);
 void define_ppo_loss(py::module_& m);
 void define_mlp(py::module_& m);
+void define_norm_mlp(py::module_& m);
 void define_norm_act(py::module_& m);
 void define_gru_gates(py::module_& m);
 void define_one_hot_linear(py::module_& m);
 void define_adam_step(py::module_& m);
+void define_laprop_step(py::module_& m);
 void define_rssm(py::module_& m);
 void define_rssm_products(py::module_& m);
 void define_distributions(py::module_& m);
@@ -196,6 +198,14 @@ class Call {
         !abi::is_contiguous(v))
       return refuse();
     return static_cast<const int64_t*>(data(v));
+  }
+
+  // int64 of one axis of any size, which `view` tells.
+  const int64_t* indices(py::handle object, View& view) {
+    if (!ok_ || !view_of(object, view) || !abi::is_type<int64_t>(view) || !abi::same_device(view, first_) ||
+        view.ndim != 1 || !abi::is_contiguous(view))
+      return refuse();
+    return static_cast<const int64_t*>(data(view));
   }
 
   // uint8 of the first `rank` sizes of `like`, then `extra`.

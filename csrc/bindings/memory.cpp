@@ -3,6 +3,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
 
 #include <array>
 #include <atomic>
@@ -18,8 +21,6 @@ constexpr size_t kAlignment = 64;
 
 // Smaller blocks come back from the C library without page faults.
 constexpr size_t kSmallestKept = size_t{1} << 16;
-// The outputs of GAE at 1024 x 4096, and again as much; what lies here idle is lost to the rest of the process.
-constexpr size_t kKeptBytes = size_t{64} << 20;
 constexpr int kSlots = 32;
 // From here on in pages of 2 MB, where the system has them to give: a page fault for 4 KB takes longer than a kernel
 // takes for its numbers, and packed weights of some MB would not fit the table of the processor's addresses.
@@ -33,6 +34,19 @@ struct Block {
   void* start;      // what to free
   size_t capacity;  // bytes for numbers
 };
+
+// A 32nd of the machine's memory, since what lies here idle is lost to the rest of the process; but the outputs of GAE
+// at 1024 x 4096 and again as much, and not more than an imagination of 1,024 starts with 50 million parameters takes.
+size_t most_bytes() {
+  constexpr size_t kLeast = size_t{64} << 20, kMost = size_t{1} << 30;
+  size_t bytes = kLeast;
+#if defined(_SC_PHYS_PAGES)
+  const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+  if (pages > 0 && page > 0) bytes = static_cast<size_t>(pages) / 32 * static_cast<size_t>(page);
+#endif
+  return bytes < kLeast ? kLeast : bytes > kMost ? kMost : bytes;
+}
+const size_t kept_most = most_bytes();
 
 // Nobody waits here: who finds it taken, by another thread or by one that a fork left behind, goes to the C library.
 class Kept {
@@ -51,13 +65,13 @@ class Kept {
   }
 
   void give(Block* block) {
-    if (block->capacity > kKeptBytes / 2 || taken_.test_and_set(std::memory_order_acquire)) {
+    if (block->capacity > kept_most / 2 || taken_.test_and_set(std::memory_order_acquire)) {
       std::free(block->start);
       return;
     }
     std::array<Block*, kSlots> old;
     int evicted = 0;
-    while (count_ == kSlots || (count_ > 0 && bytes_ + block->capacity > kKeptBytes)) {
+    while (count_ == kSlots || (count_ > 0 && bytes_ + block->capacity > kept_most)) {
       old[evicted++] = slots_[0];
       remove(0);
     }
@@ -147,6 +161,8 @@ abi::Managed* new_block(abi::DType dtype, const int64_t* shape, int rank, void**
 }
 
 int64_t kept_bytes() { return static_cast<int64_t>(kept.bytes()); }
+
+int64_t kept_limit() { return static_cast<int64_t>(kept_most); }
 
 void poison(bool on) { poisoned.store(on, std::memory_order_relaxed); }
 

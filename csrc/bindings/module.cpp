@@ -23,6 +23,8 @@ PYBIND11_MODULE(_C, m) {
                            "ppo_loss_gaussian",
                            "mlp",
                            "mlp_backward",
+                           "norm_mlp",
+                           "norm_mlp_backward",
                            "norm_act",
                            "norm_act_backward",
                            "block_gru_gates",
@@ -38,9 +40,11 @@ PYBIND11_MODULE(_C, m) {
                            "one_hot_linear",
                            "one_hot_linear_backward",
                            "adam_step_",
+                           "laprop_step_",
                            "rssm_observe",
                            "rssm_observe_backward",
                            "rssm_imagine",
+                           "rssm_imagine_backward",
                            "rssm_act",
                            "philox",
                            "categorical_sample",
@@ -75,15 +79,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("num_threads", &pywm::cpu::num_threads, "Threads that a large call would use now.");
   m.def("calls", &calls, "How often each kernel ran so far: name -> (CPU, CUDA).");
   m.def("kept_bytes", &kept_bytes, "How much freed memory waits for the next call.");
+  m.attr("kept_limit") = kept_limit();
   m.def("poison", &poison, "on"_a, "Fill new outputs on the CPU with NaN before the kernels write them; for tests.");
 
   define_returns(m);
   define_ppo_loss(m);
   define_mlp(m);
+  define_norm_mlp(m);
   define_norm_act(m);
   define_gru_gates(m);
   define_one_hot_linear(m);
   define_adam_step(m);
+  define_laprop_step(m);
   define_rssm(m);
   define_rssm_products(m);
   define_distributions(m);

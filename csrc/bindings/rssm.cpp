@@ -9,9 +9,9 @@
 namespace pywm::bindings {
 namespace {
 
-// cell, norm, activation, D, H, groups, classes, blocks, unimix, eps, cell_eps, min_std, sigmoid_std
+// cell, norm, activation, D, H, groups, classes, blocks, unimix, eps, cell_eps, min_std, sigmoid_std, bfloat16
 bool read_form(py::handle object, RssmForm& f) {
-  if (!PyTuple_Check(object.ptr()) || PyTuple_GET_SIZE(object.ptr()) != 13) return false;
+  if (!PyTuple_Check(object.ptr()) || PyTuple_GET_SIZE(object.ptr()) != 14) return false;
   const auto integer = [&](int i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(object.ptr(), i)); };
   const auto real = [&](int i) { return PyFloat_AsDouble(PyTuple_GET_ITEM(object.ptr(), i)); };
   f = {static_cast<RssmCell>(integer(0)),
@@ -26,7 +26,8 @@ bool read_form(py::handle object, RssmForm& f) {
        real(9),
        real(10),
        real(11),
-       integer(12) != 0};
+       integer(12) != 0,
+       integer(13) != 0};
   if (PyErr_Occurred()) {
     PyErr_Clear();
     return false;
@@ -221,11 +222,12 @@ py::object rssm_observe(py::handle form, py::handle weights, py::handle token_pr
   return py::make_tuple(deter, stats, stoch, kept_u, kept1, kept2, kept_o);
 }
 
-int64_t norm_widths(const RssmForm& f) {
+// Of the scales and shifts of the cell and of so many hidden layers of a head.
+int64_t norm_widths(const RssmForm& f, int64_t heads) {
   const int64_t each = f.norm == Norm::kNone ? 0 : (f.norm == Norm::kLayer ? 2 : 1);
   const int64_t cell =
       f.cell == RssmCell::kBlockGru ? each * (f.H + f.D) : (f.cell == RssmCell::kLayerNormGru ? 6 * f.D : 0);
-  return cell + 2 * each * f.H;
+  return cell + (1 + heads) * each * f.H;
 }
 
 // Returns the gradients of deter0, stoch_proj, stats, o, cell1, cell2, u; x, y, head; those of scales and shifts.
@@ -261,7 +263,7 @@ py::object rssm_observe_backward(py::handle form, py::handle weights, py::handle
              out1 = call.empty({T, N, width.cell1}, p1), out2 = call.empty({T, N, width.cell2}, p2),
              out_u = call.empty({T, N, width.u}, p_u), out_x = call.empty({T, N, width.u}, p_x),
              out_y = call.empty({T, N, f.D}, p_y), out_head = call.empty({T, N, f.H}, p_head),
-             out_norms = call.empty({norm_widths(f)}, p_norms);
+             out_norms = call.empty({norm_widths(f, 1)}, p_norms);
   if (!call.ok()) return py::none();
   by_dtype(call, [&]<typename S>() {
     const Scratch scratch(call, pywm::cpu::rssm_observe_backward_workspace<S>(f, N, members));
@@ -329,11 +331,12 @@ struct LayerList {
 };
 
 // policy: (layers, U, outputs, norm, activation, eps, kind, classes, unimix, min_std, max_std). Fills rows 1 to H of
-// deter, stoch and index; returns action, prior statistics and policy outputs.
+// deter, stoch and index; returns action, prior statistics, policy outputs, and with `keep` the pre-activations of the
+// policy's hidden layers (else None).
 py::object rssm_imagine(py::handle form, py::handle weights, py::handle action_in, py::handle prior, py::handle policy,
                         py::handle stoch_proj, py::handle policy_proj, py::handle noise, py::handle action_noise,
-                        py::handle force, py::handle force_action, py::handle deter, py::handle stoch,
-                        py::handle index) {
+                        py::handle force, py::handle force_action, py::handle deter, py::handle stoch, py::handle index,
+                        bool keep) {
   Call call("rssm_imagine", true);
   RssmForm f;
   WeightTensors w;
@@ -409,7 +412,10 @@ py::object rssm_imagine(py::handle form, py::handle weights, py::handle action_i
     return py::none();
   void *action_data, *prior_data, *policy_data;
   py::object action = call.empty({horizon, N, A}, action_data), stats = call.empty({horizon, N, f.stats()}, prior_data),
-             policy_stats = call.empty({horizon, N, outputs}, policy_data);
+             policy_stats = call.empty({horizon, N, outputs}, policy_data), policy_pre = py::none();
+  void* pre_data = nullptr;
+  const int64_t pre_shape[] = {policy_layers - 1, horizon, N, U};
+  if (keep) policy_pre = call.empty(pre_shape, 4, pre_data);
   if (!call.ok()) return py::none();
   bool served = true;
   by_dtype(call, [&]<typename S>() {
@@ -443,6 +449,7 @@ py::object rssm_imagine(py::handle form, py::handle weights, py::handle action_i
                          out<S>(prior_data),
                          out<S>(policy_data),
                          index_data,
+                         out<S>(pre_data),
                          nullptr,
                          horizon,
                          N,
@@ -454,7 +461,97 @@ py::object rssm_imagine(py::handle form, py::handle weights, py::handle action_i
     call.run([&] { pywm::cpu::rssm_imagine(a); }, [&](void*) { no_cuda_kernel("rssm_imagine"); });
   });
   if (!served || !call.ok()) return py::none();
-  return py::make_tuple(action, stats, policy_stats);
+  return py::make_tuple(action, stats, policy_stats, policy_pre);
+}
+
+// Returns the gradients of deter0, stoch0, stats, the prior's hidden layers, cell1, cell2, u; x, y, and what the
+// prior's hidden layers give; those of scales and shifts. `index` is None for Gaussian latents, whose noise is None for
+// others.
+py::object rssm_imagine_backward(py::handle form, py::handle weights, py::handle prior, py::handle grad_deter,
+                                 py::handle grad_stoch, py::handle grad_stats, py::handle action_proj,
+                                 py::handle stoch_proj, py::handle deter, py::handle stoch, py::handle stats,
+                                 py::handle noise, py::handle index) {
+  Call call("rssm_imagine_backward", true);
+  RssmForm f;
+  WeightTensors w;
+  const void* deter_data = call.first(deter, 3);
+  if (!call.ok() || !call.on_cpu() || !read_form(form, f) || !w.read(call, weights, f) || !complete(f, w) ||
+      !PyTuple_Check(prior.ptr()))
+    return py::none();
+  const Planes width(f);
+  const int64_t horizon = call.size(0) - 1, N = call.size(1), prior_layers = PyTuple_GET_SIZE(prior.ptr());
+  constexpr int64_t kMostLayers = 16;
+  if (call.size(2) != f.D || horizon < 1 || N < 1 || prior_layers < 2 || prior_layers > kMostLayers) return py::none();
+  View v;
+  const auto optional = [&](py::handle object, int64_t rows, int64_t last) {
+    return object.is_none() ? nullptr : call.floats(object, {rows, N, last}, v);
+  };
+  const void *gd = optional(grad_deter, horizon + 1, f.D), *gz = optional(grad_stoch, horizon + 1, f.stoch()),
+             *gs = optional(grad_stats, horizon, f.stats());
+  const void *actions = call.floats(action_proj, {horizon, N, width.action}, v),
+             *start = call.floats(stoch_proj, {N, f.H}, v),
+             *stoch_data = call.floats(stoch, {horizon + 1, N, f.stoch()}, v),
+             *stats_data = call.floats(stats, {horizon, N, f.stats()}, v);
+  const void* noise_data = f.gaussian() ? call.floats(noise, {horizon, N, f.groups}, v) : nullptr;
+  const uint8_t* index_data = f.gaussian() ? nullptr : call.bytes(index, call.first(), 2, f.groups);
+  if (!call.ok()) return py::none();
+  if (index_data)
+    for (int64_t i = 0; i < (horizon + 1) * N * f.groups; ++i)
+      if (index_data[i] >= f.classes) return py::none();
+  void *p_deter0, *p_stoch0, *p_stats, *p_prior, *p1, *p2, *p_u, *p_x, *p_y, *p_prior_x, *p_norms;
+  const int64_t heads[] = {prior_layers - 1, horizon, N, f.H};
+  py::object out_deter0 = call.empty({N, f.D}, p_deter0), out_stoch0 = call.empty({N, f.stoch()}, p_stoch0),
+             out_stats = call.empty({horizon, N, f.stats()}, p_stats), out_prior = call.empty(heads, 4, p_prior),
+             out1 = call.empty({horizon, N, width.cell1}, p1), out2 = call.empty({horizon, N, width.cell2}, p2),
+             out_u = call.empty({horizon, N, width.u}, p_u), out_x = call.empty({horizon, N, width.u}, p_x),
+             out_y = call.empty({horizon, N, f.D}, p_y), out_prior_x = call.empty(heads, 4, p_prior_x),
+             out_norms = call.empty({norm_widths(f, prior_layers - 1)}, p_norms);
+  if (!call.ok()) return py::none();
+  std::vector<int64_t> widths(static_cast<size_t>(prior_layers), f.H);
+  widths.front() = f.D;
+  widths.push_back(f.stats());
+  bool served = true;
+  by_dtype(call, [&]<typename S>() {
+    LayerList<S> list;
+    served = list.read(call, prior, widths, f.norm);
+    if (!served) return;
+    RssmImagineBackwardArgs<S> a{f,
+                                 w.weights<S>(),
+                                 list.layers.data(),
+                                 prior_layers,
+                                 in<S>(gd),
+                                 in<S>(gz),
+                                 in<S>(gs),
+                                 in<S>(actions),
+                                 in<S>(start),
+                                 in<S>(deter_data),
+                                 in<S>(stoch_data),
+                                 in<S>(stats_data),
+                                 in<S>(noise_data),
+                                 index_data,
+                                 out<S>(p_deter0),
+                                 out<S>(p_stoch0),
+                                 out<S>(p_stats),
+                                 out<S>(p_prior),
+                                 out<S>(p1),
+                                 out<S>(p2),
+                                 out<S>(p_u),
+                                 out<S>(p_x),
+                                 out<S>(p_y),
+                                 out<S>(p_prior_x),
+                                 out<S>(p_norms),
+                                 nullptr,
+                                 horizon,
+                                 N,
+                                 pywm::cpu::num_threads()};
+    a.w.head = {};
+    const Scratch scratch(call, pywm::cpu::rssm_imagine_backward_workspace(a));
+    a.scratch = out<S>(scratch.data);
+    call.run([&] { pywm::cpu::rssm_imagine_backward(a); }, [&](void*) { no_cuda_kernel("rssm_imagine_backward"); });
+  });
+  if (!served || !call.ok()) return py::none();
+  return py::make_tuple(out_deter0, out_stoch0, out_stats, out_prior, out1, out2, out_u, out_x, out_y, out_prior_x,
+                        out_norms);
 }
 
 // A layer, a tuple of weight, bias, scale and shift, whose weight has this shape. `norm`: what stands behind it.
@@ -653,7 +750,12 @@ void define_rssm(py::module_& m) {
       m, "rssm_imagine",
       "rssm_imagine(form: object, weights: object, action_in: object, prior: object, policy: object, "
       "stoch_proj: object, policy_proj: object, noise: object, action_noise: object, force: object, "
-      "force_action: object, deter: object, stoch: object, index: object) -> object");
+      "force_action: object, deter: object, stoch: object, index: object, keep: bool) -> object");
+  define_fast<&rssm_imagine_backward>(
+      m, "rssm_imagine_backward",
+      "rssm_imagine_backward(form: object, weights: object, prior: object, grad_deter: object, grad_stoch: object, "
+      "grad_stats: object, action_proj: object, stoch_proj: object, deter: object, stoch: object, stats: object, "
+      "noise: object, index: object) -> object");
 }
 
 }  // namespace pywm::bindings

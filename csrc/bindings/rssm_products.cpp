@@ -34,27 +34,43 @@ struct Operands {
   }
 };
 
+// What a norm of the rows of the first tensor [M, D] takes; scale, shift [turns, D].
+struct NormOf {
+  const void *scale = nullptr, *shift = nullptr;
+  bool layer = false;
+  pywm::Activation activation = pywm::Activation::kNone;
+  double eps = 0;
+  int64_t turns = 1;
+
+  bool read(Operands& operands, py::handle scale_, py::handle shift_, py::handle norm, py::handle act,
+            py::handle eps_) {
+    Call& call = operands.call;
+    eps = call.number(eps_, 0, Call::kFinite);
+    View v;
+    scale = call.any_floats(scale_, v);
+    if (!call.ok() || !read_norm(norm, layer) || !activation_of(act, activation)) return false;
+    const int64_t D = call.size(1), count = abi::numel(v);
+    if (D == 0 || count == 0 || count % D != 0) return false;
+    turns = count / D;
+    shift = operands.optional(shift_, turns * D);
+    return call.ok();
+  }
+};
+
 // y = norm_act(x), x [M, D], scale, shift [turns, D].
 py::object rows_norm_act(py::handle x, py::handle scale, py::handle shift, py::handle norm, py::handle act,
-                         py::handle eps_, py::handle y) {
+                         py::handle eps, py::handle y) {
   Call call("norm_act", true);
   Operands read{call};
   const void* x_data = call.first(x, 2);
-  bool layer = false;
-  pywm::Activation activation;
-  const double eps = call.number(eps_, 0, Call::kFinite);
-  if (!call.ok() || !read_norm(norm, layer) || !activation_of(act, activation)) return py::none();
+  NormOf n;
+  if (!n.read(read, scale, shift, norm, act, eps)) return py::none();
   const int64_t M = call.size(0), D = call.size(1);
-  View v;
-  const void* scale_data = call.any_floats(scale, v);
-  if (!scale_data || D == 0 || abi::numel(v) % D != 0 || abi::numel(v) == 0) return py::none();
-  const int64_t turns = abi::numel(v) / D;
-  const void* shift_data = read.optional(shift, turns * D);
   void* y_data = const_cast<void*>(read.floats(y, M * D));
   if (!call.ok() || M == 0) return py::none();
   by_dtype(call, [&]<typename S>() {
-    const NormActArgs<S> a{
-        in<S>(x_data), in<S>(scale_data), in<S>(shift_data), out<S>(y_data), M, D, S(eps), activation, layer, turns};
+    const NormActArgs<S> a{in<S>(x_data), in<S>(n.scale), in<S>(n.shift), out<S>(y_data), M, D,
+                           S(n.eps),      n.activation,   n.layer,        n.turns};
     call.run([&] { cpu::norm_act(a); }, [&](void* stream) { cuda::norm_act(a, stream); });
   });
   return py::bool_(true);
@@ -62,38 +78,31 @@ py::object rows_norm_act(py::handle x, py::handle scale, py::handle shift, py::h
 
 // grad_x only.
 py::object rows_norm_act_backward(py::handle grad, py::handle x, py::handle scale, py::handle shift, py::handle norm,
-                                  py::handle act, py::handle eps_, py::handle grad_x) {
+                                  py::handle act, py::handle eps, py::handle grad_x) {
   Call call("norm_act_backward", true);
   Operands read{call};
   const void* x_data = call.first(x, 2);
-  bool layer = false;
-  pywm::Activation activation;
-  const double eps = call.number(eps_, 0, Call::kFinite);
-  if (!call.ok() || !read_norm(norm, layer) || !activation_of(act, activation)) return py::none();
+  NormOf n;
+  if (!n.read(read, scale, shift, norm, act, eps)) return py::none();
   const int64_t M = call.size(0), D = call.size(1);
-  View v;
-  const void* scale_data = call.any_floats(scale, v);
-  if (!scale_data || D == 0 || abi::numel(v) % D != 0 || abi::numel(v) == 0) return py::none();
-  const int64_t turns = abi::numel(v) / D;
-  const void* shift_data = read.optional(shift, turns * D);
   const void* grad_data = read.floats(grad, M * D);
   void* out_data = const_cast<void*>(read.floats(grad_x, M * D));
   if (!call.ok() || M == 0) return py::none();
   by_dtype(call, [&]<typename S>() {
     const NormActBackwardArgs<S> a{in<S>(grad_data),
                                    in<S>(x_data),
-                                   in<S>(scale_data),
-                                   in<S>(shift_data),
+                                   in<S>(n.scale),
+                                   in<S>(n.shift),
                                    out<S>(out_data),
                                    nullptr,
                                    nullptr,
                                    nullptr,
                                    M,
                                    D,
-                                   S(eps),
-                                   activation,
-                                   layer,
-                                   turns};
+                                   S(n.eps),
+                                   n.activation,
+                                   n.layer,
+                                   n.turns};
     call.run([&] { cpu::norm_act_backward(a); }, [&](void* stream) { cuda::norm_act_backward(a, stream); });
   });
   return py::bool_(true);

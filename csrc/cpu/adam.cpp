@@ -1,4 +1,13 @@
 // The optimiser step over one flat buffer on the CPU. See pywm/ops/adam_step.py for the definition.
+//
+// What: the sum of squares of a piece, for norms; Adam's step for every parameter of a piece, in place.
+// Layout: param, grad, exp_avg, exp_avg_sq [P] contiguous.
+// Mapping: dispatch.cpp: threads share blocks of kNormBlock numbers for the norm, then pieces of the buffer.
+// Cost: a parameter reads 1 number for the norm, 4 for the step, and writes 3: 32 bytes in float32, for some 15 flops,
+//   a root and a division among them.
+// Numerics: math/adam.h in S; squares in double, a block's in 16 partial sums, the blocks' in their order: the number
+//   of threads does not show.
+// Source: Kingma and Ba (2015), algorithm 1; clipping as in Pascanu et al. (2013).
 
 #include "../math/adam.h"
 

@@ -1,4 +1,13 @@
 // Discounted returns on the CPU. See pywm/ops/discounted_return.py for the definition.
+//
+// What: R[t] = r[t] + d[t]·R[t+1], backwards in time, R[T] the bootstrap; its adjoint, forwards.
+// Layout: all [T, N] contiguous, time-major; bootstrap [N].
+// Mapping: threads share the columns, in multiples of 16. Time is serial, columns are not: a block of kBlock of them
+//   goes from row to row, its carries in the first-level cache.
+// Cost: an element reads 2 numbers and writes 1, backward 3 and up to 2, for one multiply-add, backward three flops:
+//   bandwidth. Outputs of large calls bypass the caches.
+// Numerics: ../math/returns.h in S; a column is one chain in the order of time, whatever the number of threads.
+// Source: Sutton and Barto (2018), eq. 3.8.
 
 #include "../math/returns.h"
 #include "kernels.h"

@@ -251,16 +251,15 @@ void over_gates(void (*kernel)(const Args&, int64_t, int64_t), const Args& args)
 
 constexpr int64_t kFewOneHotRows = 32;  // fewer are not worth packing the weights
 
-void check_classes(const uint8_t* index, int64_t M, int64_t groups, int64_t classes) {
+void check_classes(const char* op, const uint8_t* index, int64_t M, int64_t groups, int64_t classes) {
   uint8_t largest = 0;
   for (int64_t i = 0; i < M * groups; ++i) largest = index[i] > largest ? index[i] : largest;
   if (largest < classes) return;
   for (int64_t i = 0; i < M * groups; ++i)
     if (index[i] >= classes) {
       char message[160];
-      std::snprintf(message, sizeof message,
-                    "one_hot_linear: index is %d in row %lld, but 0 <= index < %lld was expected", int(index[i]),
-                    static_cast<long long>(i / groups), static_cast<long long>(classes));
+      std::snprintf(message, sizeof message, "%s: index is %d in row %lld, but 0 <= index < %lld was expected", op,
+                    int(index[i]), static_cast<long long>(i / groups), static_cast<long long>(classes));
       throw std::out_of_range(message);
     }
 }
@@ -370,6 +369,31 @@ void mlp(const MlpArgs<S>& a) {
   over_range(k.mlp_pack, a, all.count, 1, all.elements);
   over_range(k.mlp, a, a.M, kMlpRows, a.M * mlp_parameters(a.sizes, a.L) / kMacsPerWork);
 }
+int64_t norm_mlp_members(const NormMlpForm& f) {
+  constexpr int64_t kMacsForTeam = 1 << 20;  // some tens of microseconds
+  return f.M * mlp_parameters(f.sizes, f.L) < kMacsForTeam ? 1 : num_threads();
+}
+template <typename S>
+int64_t norm_mlp_workspace(const NormMlpForm& f, int64_t members) {
+  return of<S>(kernels()).norm_mlp_workspace(f, members);
+}
+template <typename S>
+int64_t norm_mlp_backward_workspace(const NormMlpForm& f, int64_t members) {
+  return of<S>(kernels()).norm_mlp_backward_workspace(f, members);
+}
+template <typename S>
+void norm_mlp(const NormMlpArgs<S>& a) {
+  check_classes("norm_mlp", a.index, a.form.M, a.form.groups, a.form.classes);
+  run_team(a.members, const_cast<NormMlpArgs<S>*>(&a), [](void* context, const Team& team) {
+    of<S>(kernels()).norm_mlp(*static_cast<const NormMlpArgs<S>*>(context), team);
+  });
+}
+template <typename S>
+void norm_mlp_backward(const NormMlpBackwardArgs<S>& a) {
+  run_team(a.members, const_cast<NormMlpBackwardArgs<S>*>(&a), [](void* context, const Team& team) {
+    of<S>(kernels()).norm_mlp_backward(*static_cast<const NormMlpBackwardArgs<S>*>(context), team);
+  });
+}
 template <typename S>
 void mlp_backward(const MlpBackwardArgs<S>& a) {
   const KernelsOf<S>& k = of<S>(kernels());
@@ -434,7 +458,7 @@ int64_t one_hot_linear_workspace(int64_t U, int64_t columns) {
 }
 template <typename S>
 void one_hot_linear(const OneHotLinearArgs<S>& a) {
-  check_classes(a.index, a.M, a.groups, a.classes);
+  check_classes("one_hot_linear", a.index, a.M, a.groups, a.classes);
   const KernelsOf<S>& k = of<S>(kernels());
   const int64_t work = a.M * a.U * a.groups, panels = (a.U + kOneHotPanel - 1) / kOneHotPanel;
   if (a.M < kFewOneHotRows) return over_range(k.one_hot_linear_few, a, a.U, kColumnStep, work);
@@ -443,7 +467,7 @@ void one_hot_linear(const OneHotLinearArgs<S>& a) {
 }
 template <typename S>
 void one_hot_linear_backward(const OneHotLinearBackwardArgs<S>& a) {
-  check_classes(a.index, a.M, a.groups, a.classes);
+  check_classes("one_hot_linear", a.index, a.M, a.groups, a.classes);
   const int64_t panels = (a.U + kOneHotPanel - 1) / kOneHotPanel;
   over_range(of<S>(kernels()).one_hot_linear_backward, a, panels * (a.groups + 1), 1, a.M * a.U * a.groups / 4);
 }
@@ -463,6 +487,62 @@ void adam_step(const AdamArgs<S>& a) {
   parallel_for(a.P, 64, a.P, &call, [](void* context, int64_t begin, int64_t end) {
     const Call& c = *static_cast<Call*>(context);
     of<S>(kernels()).adam_update(c.a, c.factors, begin, end);
+  });
+}
+
+// Every piece of a tensor in blocks first to last - 1, which do not depend on the number of threads: fn(piece, segment,
+// begin, end). A piece is numbered block + segment; from one to the next the block, the segment or both grow.
+template <typename S, typename Fn>
+void over_pieces(const LaPropArgs<S>& a, int64_t first, int64_t last, const Fn& fn) {
+  for (int64_t b = first; b < last; ++b) {
+    const int64_t begin = b * kNormBlock, end = begin + kNormBlock < a.P ? begin + kNormBlock : a.P;
+    for (int64_t s = math::segment_of(a.offsets, a.segments, begin); s < a.segments && a.offsets[s] < end; ++s) {
+      const int64_t from = a.offsets[s] > begin ? a.offsets[s] : begin;
+      const int64_t to = a.offsets[s + 1] < end ? a.offsets[s + 1] : end;
+      fn(b + s, s, from, to);
+    }
+  }
+}
+
+template <typename S>
+void laprop_step(const LaPropArgs<S>& a) {
+  const int64_t blocks = (a.P + kNormBlock - 1) / kNormBlock;
+  struct Call {
+    const LaPropArgs<S>& a;
+    math::LaPropFactors<S> factors;
+    std::vector<double> grad_sq, param_sq, scales;
+  } call{a, {}, {}, {}, {}};
+  call.grad_sq.resize(blocks + a.segments);
+  call.param_sq.resize(blocks + a.segments);
+  parallel_for(blocks, 1, 2 * a.P, &call, [](void* context, int64_t first, int64_t last) {
+    Call& c = *static_cast<Call*>(context);
+    const auto sum = of<S>(kernels()).sum_of_squares;
+    over_pieces(c.a, first, last, [&](int64_t piece, int64_t, int64_t begin, int64_t end) {
+      c.grad_sq[piece] = sum(c.a.grad + begin, end - begin);
+      if (c.a.clip >= 0) c.param_sq[piece] = sum(c.a.param + begin, end - begin);
+    });
+  });
+
+  std::vector<double> grad_sq(a.segments), param_sq(a.segments);
+  double total = 0;
+  over_pieces(a, 0, blocks, [&](int64_t piece, int64_t s, int64_t, int64_t) {
+    grad_sq[s] += call.grad_sq[piece];
+    param_sq[s] += call.param_sq[piece];
+    total += call.grad_sq[piece];
+  });
+  a.norm[0] = S(std::sqrt(total));
+  if (!std::isfinite(a.norm[0])) return;
+  call.scales.resize(a.segments);
+  for (int64_t s = 0; s < a.segments; ++s)
+    call.scales[s] = math::agc_scale(grad_sq[s], param_sq[s], a.clip, a.min_norm);
+
+  const double bias1 = 1 - std::pow(a.beta1, double(a.step)), bias2 = 1 - std::pow(a.beta2, double(a.step));
+  call.factors = {S(1 - a.beta1), S(a.beta2), S(1 - a.beta2), S(1 / std::sqrt(bias2)), S(a.lr / bias1), S(a.eps)};
+  parallel_for(blocks, 1, 2 * a.P, &call, [](void* context, int64_t first, int64_t last) {
+    const Call& c = *static_cast<Call*>(context);
+    over_pieces(c.a, first, last, [&](int64_t, int64_t s, int64_t begin, int64_t end) {
+      of<S>(kernels()).laprop_update(c.a, c.factors, c.scales[s], begin, end);
+    });
   });
 }
 
@@ -505,6 +585,16 @@ template <typename S>
 void rssm_imagine(const RssmImagineArgs<S>& a) {
   run_team(a.members, const_cast<RssmImagineArgs<S>*>(&a), [](void* context, const Team& team) {
     of<S>(kernels()).rssm_imagine(*static_cast<const RssmImagineArgs<S>*>(context), team);
+  });
+}
+template <typename S>
+int64_t rssm_imagine_backward_workspace(const RssmImagineBackwardArgs<S>& a) {
+  return of<S>(kernels()).rssm_imagine_backward_workspace(a);
+}
+template <typename S>
+void rssm_imagine_backward(const RssmImagineBackwardArgs<S>& a) {
+  run_team(a.members, const_cast<RssmImagineBackwardArgs<S>*>(&a), [](void* context, const Team& team) {
+    of<S>(kernels()).rssm_imagine_backward(*static_cast<const RssmImagineBackwardArgs<S>*>(context), team);
   });
 }
 
@@ -586,8 +676,13 @@ void gaussian_kl_backward(const GaussianKlBackwardArgs<S>& a) {
   template void mlp(const MlpArgs<S>&);                                                   \
   template void mlp_backward(const MlpBackwardArgs<S>&);                                  \
   template int64_t mlp_workspace<S>(const int64_t*, int64_t);                             \
+  template int64_t norm_mlp_workspace<S>(const NormMlpForm&, int64_t);                    \
+  template int64_t norm_mlp_backward_workspace<S>(const NormMlpForm&, int64_t);           \
+  template void norm_mlp(const NormMlpArgs<S>&);                                          \
+  template void norm_mlp_backward(const NormMlpBackwardArgs<S>&);                         \
   template int64_t mlp_backward_workspace<S>(const int64_t*, int64_t);                    \
   template void adam_step(const AdamArgs<S>&);                                            \
+  template void laprop_step(const LaPropArgs<S>&);                                        \
   template int64_t rssm_observe_workspace<S>(const RssmForm&, int64_t, bool);             \
   template void rssm_observe(const RssmObserveArgs<S>&);                                  \
   template int64_t rssm_observe_backward_workspace<S>(const RssmForm&, int64_t, int64_t); \
@@ -596,6 +691,8 @@ void gaussian_kl_backward(const GaussianKlBackwardArgs<S>& a) {
   template void rssm_act(const RssmActArgs<S>&);                                          \
   template int64_t rssm_imagine_workspace(const RssmImagineArgs<S>&);                     \
   template void rssm_imagine(const RssmImagineArgs<S>&);                                  \
+  template int64_t rssm_imagine_backward_workspace(const RssmImagineBackwardArgs<S>&);    \
+  template void rssm_imagine_backward(const RssmImagineBackwardArgs<S>&);                 \
   template void norm_act(const NormActArgs<S>&);                                          \
   template void norm_act_backward(const NormActBackwardArgs<S>&);                         \
   template void block_gru_gates(const BlockGruGatesArgs<S>&);                             \

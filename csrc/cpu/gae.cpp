@@ -1,9 +1,16 @@
 // Generalised advantage estimation on the CPU. See pywm/ops/gae.py for the definition.
 //
-// Wide arrays: time is serial, columns are not; the inner loop over a block of columns vectorises. Medium ones go in
-// strips whose carries stay in registers. Narrow ones (few environments, long rollouts) would leave the vector units
-// idle: there everything that does not depend on the recursion is computed for many rows at once, and only one
-// multiply-add a row stays in the chain.
+// What: advantage[t] = δ[t] + γλ·(1 - done[t])·advantage[t+1], backwards in time; its adjoint, forwards.
+// Layout: all [T, N] contiguous, time-major.
+// Mapping: threads share the columns, in multiples of 16. Time is serial, columns are not. Wide arrays go in blocks of
+//   kBlock columns, row by row; medium ones in strips whose carries stay in registers. Forward, narrow ones (few
+//   environments, long rollouts) would leave the vector units idle: there everything that does not depend on the
+//   recursion is computed for many rows at once, and only one multiply-add a row stays in the chain.
+// Cost: an element reads 3 numbers and 2 masks (3 with `valid`) and writes 2, backward up to 2 and 3: 22 bytes in
+//   float32 either way, for 6 flops, backward 5. Outputs of large calls bypass the caches.
+// Numerics: ../math/returns.h in S; a column is one chain in the order of time, whatever the number of threads. No
+//   advantage passes an end of an episode, NaN included.
+// Source: Schulman et al. (2016), eq. 16; terminated and truncated as in Pardo et al. (2018).
 
 #include "../math/returns.h"
 #include "kernels.h"

@@ -1,4 +1,15 @@
 // Gaussian latent states on the CPU: reparameterised samples and KL divergence. See pywm/ops/gaussian.py.
+//
+// What: sample and std of every part, and their gradients; KL of every row, summed over its parts, and its four.
+// Layout: [P], or M rows of Z parts, contiguous.
+// Mapping: threads share the parts, or the rows; a row's divergence goes in chunks of parts that stay in the cache.
+// Cost: a part of a sample reads 3 numbers and writes 2, with an exponential, a logarithm and a division (softplus) or
+//   an exponential and a division (sigmoid2); of the divergence it reads 4, with a division and a logarithm; backward
+//   it reads 4 and writes up to 4, with two divisions.
+// Numerics: math/gaussian.h in S, softplus accurate where it is small; sums over parts in 16 parts a chunk, then the
+//   chunks in their order.
+// Source: Hafner et al. (2019) for softplus, the code of Hafner et al. (2021) for sigmoid2; Kullback and Leibler
+//   (1951).
 
 #include "../math/gaussian.h"
 

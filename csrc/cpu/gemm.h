@@ -1,20 +1,26 @@
 // Matrix products for small and medium sizes, in GCC's vector extensions, compiled for each instruction set.
 //
 // What: C [M, N] = start + A·B, with start = 0, a bias [N], or what C holds. A micro-kernel keeps a tile of kRows x
-// kCols
-//   of C in registers and walks along K: one row of a packed panel of B, times kRows broadcast elements of A.
+//   kCols of C in registers and walks along K: one row of a packed panel of B, times kRows broadcast elements of A.
 // Layout: A is any strided view with one of its strides 1 (so A^T needs no copy); C is row-major; B is packed into
 //   panels of kCols columns, each [K, kCols] and padded with zeros, by `pack_panel` (B row-major) or
 //   `pack_panel_transposed` (B = W^T, the weights of a linear layer). A panel costs about as much to pack as a product
 //   with 8 rows; pack once, use often. `gemm_panel` packs as it goes, for a B that is used once.
 // Mapping: panels of kDepth rows of B stay in the first-level cache while all rows of A pass by. Whoever calls splits M
 //   over threads: every element of C is one chain of multiply-adds in the order of K, whatever the split.
-// Numerics: accumulation in S; FMA where the instruction set has it.
+// Cost: 2·M·N·K flops, at 70 to 92 % of the fused multiply-add rate of two cores with AVX2 (docs/kernels.md).
+// Numerics: accumulation in S; FMA where the instruction set has it. Operands may be bfloat16 numbers instead (`Pair`,
+//   of two neighbours along K; `gemm_pairs` rounds A, to nearest, ties to even): sums are float all the same, of one
+//   instruction a pair where there is AVX512-BF16, which takes subnormals for zeros; elsewhere of two multiply-adds.
+// Source: packed panels and a micro-kernel in registers as in Goto and van de Geijn (2008).
 //
 // Included by kernel sources only; everything has internal linkage (see kernels.h).
 #pragma once
 
 #include <cstdint>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 namespace pywm::cpu::PYWM_ISA {
 namespace {
@@ -80,20 +86,92 @@ inline void pack_panel_transposed(const S* __restrict w, int64_t ld, int64_t K, 
   }
 }
 
-// A view of A: element (m, k) is data[m * row_stride + k * column_stride].
+// Two bfloat16 numbers, the upper halves of floats; the first in the low half.
+using Pair = uint32_t;
+constexpr Pair kUpperHalf = 0xffff0000u;
+
+inline int64_t pairs_of(int64_t K) { return (K + 1) / 2; }
+
+// `x` rounded to bfloat16, as the upper half of the result.
+inline Pair rounded_bits(float x) {
+  const Pair bits = __builtin_bit_cast(Pair, x), magnitude = bits & 0x7fffffffu;
+  return (magnitude > 0x7f800000u ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u)) & kUpperHalf;
+}
+inline float rounded(float x) { return __builtin_bit_cast(float, rounded_bits(x)); }
+inline Pair pair_of(float first, float second) { return rounded_bits(first) >> 16 | rounded_bits(second); }
+
+// The pairs of a row of K numbers; a missing last one is zero.
+inline void round_row(const float* __restrict x, int64_t K, Pair* __restrict pairs) {
+  int64_t k = 0;
+#if defined(__AVX512BF16__)
+  for (; k + 32 <= K; k += 32) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + k + 16), _mm512_loadu_ps(x + k));
+    _mm512_storeu_si512(pairs + k / 2, reinterpret_cast<const __m512i&>(both));
+  }
+#endif
+  for (; k + 2 <= K; k += 2) pairs[k / 2] = pair_of(x[k], x[k + 1]);
+  if (k < K) pairs[k / 2] = pair_of(x[k], 0.0f);
+}
+
+// `pack_panel` and `pack_panel_transposed` for panels of pairs, [K / 2, kCols].
+inline void pack_panel(const float* __restrict b, int64_t ld, int64_t K, int64_t columns, Pair* __restrict panel) {
+  constexpr int64_t kCols = Simd<float>::kCols;
+  for (int64_t k = 0; k < K; k += 2) {
+    const float *first = b + k * ld, *second = k + 1 < K ? first + ld : nullptr;
+    Pair* row = panel + k / 2 * kCols;
+    for (int64_t j = 0; j < columns; ++j) row[j] = pair_of(first[j], second ? second[j] : 0.0f);
+    for (int64_t j = columns; j < kCols; ++j) row[j] = 0;
+  }
+}
+inline void pack_panel_transposed(const float* __restrict w, int64_t ld, int64_t K, int64_t columns,
+                                  Pair* __restrict panel) {
+  constexpr int64_t kCols = Simd<float>::kCols, kStep = 128;  // as above
+  Pair row[kStep / 2];
+  for (int64_t first = 0; first < K; first += kStep) {
+    const int64_t depth = min(kStep, K - first), words = pairs_of(depth);
+    Pair* to = panel + first / 2 * kCols;
+    for (int64_t j = 0; j < kCols; ++j) {
+      if (j < columns) round_row(w + j * ld + first, depth, row);
+      for (int64_t k = 0; k < words; ++k) to[k * kCols + j] = j < columns ? row[k] : 0;
+    }
+  }
+}
+
+// acc += b·x in every lane; of pairs, both products.
 template <typename S>
+inline void add_product(typename Simd<S>::Vector& acc, const typename Simd<S>::Vector& b, S x) {
+  acc += b * x;
+}
+inline void add_product(Simd<float>::Vector& acc, const Simd<Pair>::Vector& b, Pair x) {
+#if defined(__AVX512BF16__)
+  const __m512i all = _mm512_set1_epi32(static_cast<int>(x));
+  const __m512 sum = _mm512_dpbf16_ps(reinterpret_cast<const __m512&>(acc), reinterpret_cast<const __m512bh&>(b),
+                                      reinterpret_cast<const __m512bh&>(all));
+  acc = reinterpret_cast<const Simd<float>::Vector&>(sum);
+#else
+  using Vector = Simd<float>::Vector;
+  const Simd<Pair>::Vector first = b << 16, second = b & kUpperHalf;
+  acc += reinterpret_cast<const Vector&>(first) * __builtin_bit_cast(float, x << 16);
+  acc += reinterpret_cast<const Vector&>(second) * __builtin_bit_cast(float, x& kUpperHalf);
+#endif
+}
+
+// A view of A: element (m, k) is data[m * row_stride + k * column_stride].
+template <typename E>
 struct MatrixView {
-  const S* data;
+  const E* data;
   int64_t row_stride, column_stride;
 };
 
 // R rows and V vectors of columns, of which `columns` exist. Added to `start`, a row of V vectors, or to C where it is
-// null. kByRow: the rows of A are contiguous, else its columns.
-template <typename S, int R, int V, bool kByRow>
-inline void tile(const S* __restrict a, int64_t stride, const S* __restrict panel, const S* __restrict start, S* c,
+// null. kByRow: the rows of A are contiguous, else its columns. kAhead: fetch the R rows of A behind these meanwhile,
+// for an A that comes from memory and is read once. E: of the operands, S or Pair; then K counts pairs.
+template <typename S, int R, int V, bool kByRow, bool kAhead, typename E>
+inline void tile(const E* __restrict a, int64_t stride, const E* __restrict panel, const S* __restrict start, S* c,
                  int64_t ldc, int64_t K, int64_t columns) {
-  constexpr int64_t L = Simd<S>::kLanes, kCols = Simd<S>::kCols;
+  constexpr int64_t L = Simd<S>::kLanes, kCols = Simd<S>::kCols, kLine = 64 / sizeof(E);
   using Vector = typename Simd<S>::Vector;
+  using Operands = typename Simd<E>::Vector;
   Vector acc[R][V];
   alignas(kVectorBytes) S edge[R][V * L];
   const bool whole = columns == V * L;
@@ -109,14 +187,18 @@ inline void tile(const S* __restrict a, int64_t stride, const S* __restrict pane
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) acc[r][v] = *reinterpret_cast<const Vector*>(from + r * step + v * L);
   for (int64_t k = 0; k < K; ++k) {
-    Vector b[V];
+    if constexpr (kByRow && kAhead)
+      if (k % kLine == 0)
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) __builtin_prefetch(a + (R + r) * stride + k);
+    Operands b[V];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) b[v] = *reinterpret_cast<const Vector*>(panel + k * kCols + v * L);
+    for (int v = 0; v < V; ++v) b[v] = *reinterpret_cast<const Operands*>(panel + k * kCols + v * L);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const S x = kByRow ? a[r * stride + k] : a[k * stride + r];
+      const E x = kByRow ? a[r * stride + k] : a[k * stride + r];
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) acc[r][v] += b[v] * x;
+      for (int v = 0; v < V; ++v) add_product(acc[r][v], b[v], x);
     }
   }
   S* to = whole ? c : edge[0];
@@ -131,28 +213,38 @@ inline void tile(const S* __restrict a, int64_t stride, const S* __restrict pane
 }
 
 // All rows of A times one panel. A single vector of columns leaves room for twice the rows.
-template <typename S, int V, bool kByRow>
-inline void column_of_tiles(const S* a, int64_t stride, const S* panel, const S* start, S* c, int64_t ldc, int64_t M,
+template <int V, bool kByRow, bool kAhead, typename E, typename S>
+inline void column_of_tiles(const E* a, int64_t stride, const E* panel, const S* start, S* c, int64_t ldc, int64_t M,
                             int64_t K, int64_t columns) {
   constexpr int kRows = V == 1 ? 2 * kTileRows : kTileRows;
   const int64_t step = kByRow ? stride : 1;
   int64_t m = 0;
   const auto rows = [&]<int R>() {
-    for (; m + R <= M; m += R) tile<S, R, V, kByRow>(a + m * step, stride, panel, start, c + m * ldc, ldc, K, columns);
+    for (; m + R <= M; m += R)
+      tile<S, R, V, kByRow, kAhead>(a + m * step, stride, panel, start, c + m * ldc, ldc, K, columns);
   };
-  rows.template operator()<kRows>();
+  if constexpr (kRows == 6) {
+    // Eight are two tiles of four: one of two rows would wait for its additions.
+    if (M % kRows == 2 && M > kRows)
+      for (; m + 8 < M; m += kRows)
+        tile<S, kRows, V, kByRow, kAhead>(a + m * step, stride, panel, start, c + m * ldc, ldc, K, columns);
+    else
+      rows.template operator()<kRows>();
+  } else {
+    rows.template operator()<kRows>();
+  }
   if constexpr (kRows > 8) rows.template operator()<8>();
   if constexpr (kRows > 4) rows.template operator()<4>();
   rows.template operator()<2>();
   rows.template operator()<1>();
 }
 
-template <typename S>
-inline void column_of_tiles(const MatrixView<S>& a, const S* panel, const S* start, S* c, int64_t ldc, int64_t M,
+template <typename E, typename S>
+inline void column_of_tiles(const MatrixView<E>& a, const E* panel, const S* start, S* c, int64_t ldc, int64_t M,
                             int64_t K, int64_t columns) {
   const bool wide = columns > Simd<S>::kLanes, by_row = a.column_stride == 1;
-  const auto run = by_row ? (wide ? column_of_tiles<S, 2, true> : column_of_tiles<S, 1, true>)
-                          : (wide ? column_of_tiles<S, 2, false> : column_of_tiles<S, 1, false>);
+  const auto run = by_row ? (wide ? column_of_tiles<2, true, false, E, S> : column_of_tiles<1, true, false, E, S>)
+                          : (wide ? column_of_tiles<2, false, false, E, S> : column_of_tiles<1, false, false, E, S>);
   run(a.data, by_row ? a.row_stride : a.column_stride, panel, start, c, ldc, M, K, columns);
 }
 
@@ -173,8 +265,34 @@ inline void gemm(const MatrixView<S>& a, const S* packed, const S* bias, S* c, i
       const bool from_row = k == 0 && start != Start::kAccumulate;
       if (from_row)
         for (int64_t j = 0; j < kCols; ++j) row[j] = start == Start::kBias && j < columns ? bias[n + j] : S(0);
-      column_of_tiles(slice, packed + n * K + k * kCols, from_row ? row : nullptr, c + n, ldc, M, min(kDepth, K - k),
-                      columns);
+      column_of_tiles(slice, packed + n * K + k * kCols, static_cast<const S*>(from_row ? row : nullptr), c + n, ldc, M,
+                      min(kDepth, K - k), columns);
+    }
+  }
+}
+
+// The same of a float A, rounded on its way, and panels of pairs. A's rows are contiguous, `lda` apart.
+inline void gemm_pairs(const float* a, int64_t lda, const Pair* packed, const float* bias, float* c, int64_t ldc,
+                       int64_t M, int64_t N, int64_t K, Start start) {
+  constexpr int64_t kCols = Simd<float>::kCols, kRows = 24;  // a multiple of every tile's rows: 24 KB of pairs
+  alignas(kVectorBytes) Pair pairs[kRows * kDepth];
+  alignas(kVectorBytes) float row[kCols];
+  const int64_t words = pairs_of(K);
+  for (int64_t m = 0; m < M; m += kRows) {
+    const int64_t rows = min(kRows, M - m);
+    for (int64_t k = 0; k < words; k += kDepth) {
+      const int64_t depth = min(kDepth, words - k);
+      for (int64_t r = 0; r < rows; ++r)
+        round_row(a + (m + r) * lda + 2 * k, min(2 * kDepth, K - 2 * k), pairs + r * depth);
+      for (int64_t n = 0; n < N; n += kCols) {
+        const int64_t columns = min(kCols, N - n);
+        const bool from_row = k == 0 && start != Start::kAccumulate;
+        if (from_row)
+          for (int64_t j = 0; j < kCols; ++j) row[j] = start == Start::kBias && j < columns ? bias[n + j] : 0.0f;
+        column_of_tiles(MatrixView<Pair>{pairs, depth, 1}, packed + n * words + k * kCols,
+                        static_cast<const float*>(from_row ? row : nullptr), c + m * ldc + n, ldc, rows, depth,
+                        columns);
+      }
     }
   }
 }
@@ -190,7 +308,7 @@ inline void gemm_panel(const MatrixView<S>& a, const S* b, int64_t ldb, S* c, in
     const int64_t depth = min(kDepth, K - k);
     pack_panel(b + k * ldb, ldb, depth, columns, panel);
     const MatrixView<S> slice{a.data + k * a.column_stride, a.row_stride, a.column_stride};
-    column_of_tiles(slice, panel, k == 0 ? zeros : nullptr, c, ldc, M, depth, columns);
+    column_of_tiles(slice, static_cast<const S*>(panel), k == 0 ? zeros : nullptr, c, ldc, M, depth, columns);
   }
 }
 

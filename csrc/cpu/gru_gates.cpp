@@ -3,9 +3,12 @@
 // What: the next state from the gates' pre-activations and the state; backward, the gradients of all of them.
 // Layout: M rows; the gates of a row lie side by side, D each.
 // Mapping: rows are shared by the threads, in pieces of kPiece elements: a gradient that nobody wants goes to a buffer
-// of
-//   that size. The LayerNorm in front of the gates works as in norm_act.cpp.
-// Numerics: math/gru.h, math/norm.h.
+//   of that size. The LayerNorm in front of the gates works as in norm_act.cpp.
+// Cost: a sigmoid or tanh a gate. An element of the state reads 4 numbers and writes 1 (torch's GRU 7 and 1, the two
+//   halves of PlaNet's cell 2 or 3 and 1); backward it reads the gradient, too, and writes one number for each that the
+//   cell read. With LayerNorm a row is read again from the caches.
+// Numerics: math/gru.h and math/norm.h in S; partial sums in S.
+// Source: Hafner et al. (2021, 2025); Cho et al. (2014), in the variant of cuDNN; TensorFlow's GRUBlockCell.
 
 #include "../math/gru.h"
 #include "kernels.h"

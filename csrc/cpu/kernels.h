@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../math/adam.h"
+#include "../math/laprop.h"
 #include "../ops.h"
 #include "parallel.h"
 
@@ -59,6 +60,10 @@ struct KernelsOf {
   void (*mlp_backward_pack)(const MlpBackwardArgs<S>&, int64_t begin, int64_t end);
   void (*mlp_backward)(const MlpBackwardArgs<S>&, int64_t begin, int64_t end);
   void (*mlp_backward_weights)(const MlpBackwardArgs<S>&, int64_t begin, int64_t end);
+  int64_t (*norm_mlp_workspace)(const NormMlpForm&, int64_t members);
+  void (*norm_mlp)(const NormMlpArgs<S>&, const Team&);
+  int64_t (*norm_mlp_backward_workspace)(const NormMlpForm&, int64_t members);
+  void (*norm_mlp_backward)(const NormMlpBackwardArgs<S>&, const Team&);
   int64_t (*rssm_observe_workspace)(const RssmForm&, int64_t N, bool keep);
   void (*rssm_observe)(const RssmObserveArgs<S>&, const Team&);
   int64_t (*rssm_observe_backward_workspace)(const RssmForm&, int64_t N, int64_t members);
@@ -67,6 +72,8 @@ struct KernelsOf {
   void (*rssm_act)(const RssmActArgs<S>&, const Team&);
   int64_t (*rssm_imagine_workspace)(const RssmImagineArgs<S>&);
   void (*rssm_imagine)(const RssmImagineArgs<S>&, const Team&);
+  int64_t (*rssm_imagine_backward_workspace)(const RssmImagineBackwardArgs<S>&);
+  void (*rssm_imagine_backward)(const RssmImagineBackwardArgs<S>&, const Team&);
   // Ranges of rows, of rows, and of elements; `partial` is the scratch of the range, null if no sums are wanted.
   void (*norm_act)(const NormActArgs<S>&, int64_t begin, int64_t end);
   void (*norm_act_backward)(const NormActBackwardArgs<S>&, int64_t begin, int64_t end, S* partial);
@@ -103,6 +110,8 @@ struct KernelsOf {
   void (*gaussian_kl_backward)(const GaussianKlBackwardArgs<S>&, int64_t begin, int64_t end);
   double (*sum_of_squares)(const S* x, int64_t n);
   void (*adam_update)(const AdamArgs<S>&, const math::AdamFactors<S>&, int64_t begin, int64_t end);
+  void (*laprop_update)(const LaPropArgs<S>&, const math::LaPropFactors<S>&, double grad_scale, int64_t begin,
+                        int64_t end);
 };
 
 struct Kernels {

@@ -1,6 +1,14 @@
 // KL divergence of groups of categoricals on the CPU, forward and backward. See pywm/ops/kl_balance.py.
 //
-// The backward pass computes the probabilities again: nothing of the size of the logits is kept for it.
+// What: forward, the divergence of every row, summed over its groups, and free nats; backward, both gradients, zero in
+//   rows whose nats are free. The probabilities are computed again: nothing of the size of the logits is kept.
+// Layout: M rows of G groups of K classes, contiguous.
+// Mapping: threads share the rows; a group's probabilities stay in the first-level cache.
+// Cost: a class reads 2 logits, takes two exponentials, and with a share of uniform probability a division and a
+//   logarithm; backward as much again, one number written for each gradient.
+// Numerics: math/categorical.h in S; without a share of uniform probability the logarithms are log-softmaxes. A group's
+//   sums run in 16 parts, the groups' in their order.
+// Source: Hafner et al. (2023), eq. 5; Hafner et al. (2021) for the balance.
 
 #include "../math/categorical.h"
 #include "kernels.h"

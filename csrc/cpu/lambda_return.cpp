@@ -1,4 +1,15 @@
 // λ-returns on the CPU. See pywm/ops/lambda_return.py for the definition.
+//
+// What: R[t] = r[t] + d[t]·[(1-λ)·V'[t] + λ·R[t+1]], backwards in time, where R[t+1] is V'[t] in the last row and
+//   before an invalid one; its adjoint, forwards.
+// Layout: all [T, N] contiguous, time-major; λ a number or [T, N].
+// Mapping: threads share the columns, in multiples of 16. Time is serial, columns are not: a block of kBlock of them
+//   goes from row to row, its carries in the first-level cache.
+// Cost: an element reads 3 numbers (and λ, and `valid` of two rows) and writes 1, backward 4 and up to 3: bandwidth.
+//   Outputs of large calls bypass the caches.
+// Numerics: ../math/returns.h in S; a column is one chain in the order of time, whatever the number of threads. Masks
+//   select, so NaN behind one stays there.
+// Source: Sutton and Barto (2018), eq. 12.18; Hafner et al. (2020), eq. 6.
 
 #include "../math/returns.h"
 #include "kernels.h"

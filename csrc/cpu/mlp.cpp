@@ -8,6 +8,7 @@
 //   at a time over all rows. Threads share blocks of rows, then panels; no sum is split, so their number does not show.
 // Cost: 2·M·parameters flops forward, twice that backward, at 60 to 90 % of one core's peak for widths from 32.
 // Numerics: gemm.h and math/activations.h; float32 sums over rows in blocks of kDepth.
+// Source: the chain rule, layer by layer; from no paper. The products: gemm.h.
 
 #include "../math/activations.h"
 #include "gemm.h"

@@ -1,13 +1,15 @@
 // Normalisation with an activation on the CPU. See pywm/ops/norm_act.py.
 //
 // What: y = f(scale·x̂ + shift), x̂ the row with its root mean square, or its mean and deviation, taken out; backward,
-// the
-//   gradients of x, scale and shift.
-// Layout: M rows of D, contiguous; scale, shift [D].
+//   the gradients of x, scale and shift.
+// Layout: M rows of D, contiguous; scale, shift [turns, D], row m's at m % turns.
 // Mapping: a row at a time, which stays in the first-level cache. Backward goes over blocks of rows, each with sums of
 //   its own for scale and shift; dispatch.cpp cuts the blocks by M alone and adds the sums in order, so the number of
 //   threads does not show.
+// Cost: 6 flops an element with RMS, 8 with LayerNorm, and the activation. A row is read once from memory and once or
+//   twice more from the first-level cache, backward four to six times more; y, or the gradient of x, is written once.
 // Numerics: math/norm.h; partial sums in S.
+// Source: Zhang and Sennrich (2019), eq. 4; Ba et al. (2016), eq. 3.
 
 #include "../math/activations.h"
 #include "kernels.h"

@@ -6,7 +6,10 @@
 //   panels, then the rows of y. A few rows read the columns where they are. Backward, a unit of work is a panel of one
 //   group: its columns' gradients add up in the first-level cache and are then transposed. One more unit a panel sums
 //   the bias. No sum is split, so the number of threads does not show.
+// Cost: M·U·groups additions each way, no multiplication. Packing reads and writes the weight once; backward zeroes and
+//   writes its gradient once, whatever M is.
 // Numerics: sums in S, in the order of the groups, and of the rows.
+// Source: its definition, a linear layer of one-hot vectors without the products with 0; from no paper.
 
 #include "gemm.h"
 #include "kernels.h"

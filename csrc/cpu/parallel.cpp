@@ -91,6 +91,10 @@ void run_member(void* pointer) {
 
 }  // namespace
 
+int64_t Team::take(int64_t* counter) {
+  return std::atomic_ref<int64_t>(*counter).fetch_add(1, std::memory_order_relaxed);
+}
+
 void Team::wait(void* pointer, int64_t size) {
   // A busy core may run one member only: after this many looks (some microseconds) the others let it have its turn.
   constexpr int kSpins = 4000;

@@ -22,6 +22,8 @@ struct Team {
   PYWM_HD void sync() const {
     if (size > 1) wait(barrier, size);
   }
+  // The next piece of work that nobody has taken; `counter` began at `size`, for piece `rank` is each member's own.
+  static int64_t take(int64_t* counter);
   // This member's part of n items: [begin(n), end(n)).
   PYWM_HD int64_t begin(int64_t n) const { return n * rank / size; }
   PYWM_HD int64_t end(int64_t n) const { return n * (rank + 1) / size; }

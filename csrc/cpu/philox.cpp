@@ -1,4 +1,14 @@
 // Random numbers by counting on the CPU. See pywm/ops/philox.py.
+//
+// What: fills [T, N, slots] with uniform or normal numbers.
+// Layout: contiguous, a row (t, n) after the other.
+// Mapping: threads share the rows; the words of kBlocks counters, four slots each, are made together, for the vector
+//   units.
+// Cost: 10 rounds of two 32-bit multiplications for four numbers; a pair of normal ones takes a logarithm, a root, a
+//   sine and a cosine besides. Writes every number once.
+// Numerics: ../math/philox.h. A number depends on the seed and its own counter alone: the same words on every backend,
+//   uniforms equal to the bit, normals to rounding.
+// Source: Salmon et al. (2011); normal numbers: Box and Muller (1958).
 
 #include "../math/philox.h"
 

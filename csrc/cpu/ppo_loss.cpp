@@ -1,7 +1,16 @@
 // PPO's loss, statistics and gradients on the CPU, in one pass over the rows. See pywm/ops/ppo_loss.py.
 //
-// A range of rows adds its share to double sums of its own; dispatch.cpp adds those up in a fixed order, so the result
-// does not depend on the number of threads.
+// What: the loss of every row, its gradients, and what the row adds to the statistics. The moments of the advantage
+//   come from dispatch.cpp.
+// Layout: M rows, contiguous: logits [M, width] in G groups, or mean and action [M, A] and log_std [M, A] or [A].
+// Mapping: threads share blocks of kRowBlock rows, whose sums dispatch.cpp adds up. Of a row, first the log-probability
+//   of the whole action, then each group's gradient, over the probabilities that stand in its place.
+// Cost: every input is read once from memory, the advantage up to three times, and every gradient written once; a class
+//   takes one exponential (two without gradient, in groups of more than 1024 classes), a group one logarithm; a
+//   Gaussian part is computed again for its gradient.
+// Numerics: math/distributions.h and math/ppo.h in S; sums over rows in double, in an order that M alone fixes: the
+//   number of threads does not show.
+// Source: Schulman et al. (2017), eq. 7 and 9; details as in Huang et al. (2022).
 
 #include "../math/distributions.h"
 #include "../math/ppo.h"

@@ -5,9 +5,10 @@
 // Layout: rows contiguous; weights as they are, [out, in]: packing them would take longer than the step.
 // Mapping: every output of a layer is a product of a row of its weight with a state. Members of a team share the
 //   outputs of a layer, so each weight is read once, by one core; a light barrier after each layer. What is cheap
-//   (norms of hidden layers) each member does for itself.
+//   (norms of hidden layers) each member does for itself. A few states are dot products; more of them are packed, and
+//   the weight's rows pass by them as the left side of gemm.h's tiles.
 // Cost: the weights once from wherever they are: bandwidth-bound for one state, 2·N flops a weight.
-// Numerics: everything in S; a product's sum runs in as many parts as a vector has lanes.
+// Numerics: everything in S; a few states' sums run in as many parts as a vector has lanes, those of many in one.
 // Source: Hafner et al. (2021, 2023); the formulas of the cells in ../math/gru.h.
 
 #include "kernels.h"
@@ -32,11 +33,15 @@ inline S sum_of(const Vector& v) {
 // y [R, O] += x [R, K]·w [O, K]^T.
 template <typename S, int R, int O>
 inline void add_dots(const S* x, int64_t ldx, const S* w, int64_t ldw, int64_t K, S* y, int64_t ldy) {
-  constexpr int64_t L = Simd<S>::kLanes;
+  constexpr int64_t L = Simd<S>::kLanes, kLine = 64 / sizeof(S);
   using Vector = typename Simd<S>::Vector;
   Vector sum[R][O] = {};
   int64_t k = 0;
   for (; k + L <= K; k += L) {
+    if constexpr (O > 3)  // fetch the next rows of w, which come from memory, meanwhile
+      if (k % kLine == 0)
+#pragma GCC unroll 8
+        for (int o = 0; o < O; ++o) __builtin_prefetch(w + (O + o) * ldw + k);
     Vector a[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) a[r] = *reinterpret_cast<const Vector*>(x + r * ldx + k);
@@ -55,17 +60,45 @@ inline void add_dots(const S* x, int64_t ldx, const S* w, int64_t ldw, int64_t K
     }
 }
 
-// y [rows, count] += x [rows, K]·w [count, K]^T.
+// From so many states on they lie side by side in the vectors' lanes, and a weight is read in order, once.
+constexpr int64_t kManyRows = 5;
+// Outputs whose products with kCols states stay in the first-level cache until they go to their rows.
+constexpr int64_t kChunk = 96;
+
+// What a layer reads: x [rows, K], and where there are many rows also x^T in panels of kCols states.
 template <typename S>
-[[gnu::noinline]] void add_product(const S* x, int64_t ldx, int64_t rows, const S* w, int64_t ldw, int64_t count,
-                                   int64_t K, S* y, int64_t ldy) {
+struct Input {
+  const S* x;
+  int64_t ld, K;
+  const S* panels;
+};
+
+template <typename S>
+inline int64_t panels_size(int64_t rows, int64_t K) {
+  return rows < kManyRows ? 0 : panels<S>(rows) * Simd<S>::kCols * K;
+}
+
+// `room` has panels_size(rows, K) numbers.
+template <typename S>
+inline Input<S> input_of(const S* x, int64_t ld, int64_t rows, int64_t K, S* room) {
+  constexpr int64_t kCols = Simd<S>::kCols;
+  if (rows < kManyRows) return {x, ld, K, nullptr};
+  for (int64_t r = 0; r < rows; r += kCols)
+    pack_panel_transposed(x + r * ld, ld, K, min(kCols, rows - r), room + r * K);
+  return {x, ld, K, room};
+}
+
+// y [rows, count] += x·w^T for few rows.
+template <typename S>
+inline void add_product(const Input<S>& in, int64_t rows, const S* w, int64_t ldw, int64_t count, S* y, int64_t ldy) {
   int64_t o = 0;
   const auto outputs = [&]<int O>() {
     for (; o + O <= count; o += O) {
       int64_t r = 0;
       if constexpr (O <= 3)
-        for (; r + 4 <= rows; r += 4) add_dots<S, 4, O>(x + r * ldx, ldx, w + o * ldw, ldw, K, y + r * ldy + o, ldy);
-      for (; r < rows; ++r) add_dots<S, 1, O>(x + r * ldx, ldx, w + o * ldw, ldw, K, y + r * ldy + o, ldy);
+        for (; r + 4 <= rows; r += 4)
+          add_dots<S, 4, O>(in.x + r * in.ld, in.ld, w + o * ldw, ldw, in.K, y + r * ldy + o, ldy);
+      for (; r < rows; ++r) add_dots<S, 1, O>(in.x + r * in.ld, in.ld, w + o * ldw, ldw, in.K, y + r * ldy + o, ldy);
     }
   };
   if (rows < 4) outputs.template operator()<8>();
@@ -73,18 +106,49 @@ template <typename S>
   outputs.template operator()<1>();
 }
 
+// y [rows, count] := bias + [left, right]·w [count, left.K + right.K]^T.
 template <typename S>
-inline void start_rows(const S* bias, int64_t first, int64_t count, int64_t rows, S* y, int64_t ldy) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = first; j < first + count; ++j) y[r * ldy + j] = bias ? bias[j] : S(0);
+[[gnu::noinline]] void linear(const Input<S>& left, const Input<S>& right, int64_t rows, const S* w, int64_t ldw,
+                              const S* bias, int64_t count, S* y, int64_t ldy) {
+  constexpr int64_t L = Simd<S>::kLanes, kCols = Simd<S>::kCols;
+  if (!left.panels) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < count; ++j) y[r * ldy + j] = bias ? bias[j] : S(0);
+    add_product(left, rows, w, ldw, count, y, ldy);
+    if (right.K > 0) add_product(right, rows, w + left.K, ldw, count, y, ldy);
+    return;
+  }
+  alignas(kVectorBytes) const S zeros[kCols] = {};
+  alignas(kVectorBytes) S c[kChunk * kCols];
+  for (int64_t o = 0; o < count; o += kChunk) {
+    const int64_t outputs = min(kChunk, count - o);
+    for (int64_t first = 0; first < rows; first += kCols) {
+      const int64_t states = min(kCols, rows - first), columns = states > L ? kCols : L;
+      const S* from = w + o * ldw;
+      const auto run = states > L ? column_of_tiles<2, true, true, S, S> : column_of_tiles<1, true, true, S, S>;
+      run(from, ldw, left.panels + first * left.K, zeros, c, kCols, outputs, left.K, columns);
+      if (right.K > 0)
+        run(from + left.K, ldw, right.panels + first * right.K, nullptr, c, kCols, outputs, right.K, columns);
+      for (int64_t r = 0; r < states; ++r)
+        for (int64_t j = 0; j < outputs; ++j)
+          y[(first + r) * ldy + o + j] = c[j * kCols + r] + (bias ? bias[o + j] : S(0));
+    }
+  }
 }
+
+template <typename S>
+inline const S* part(const S* bias, int64_t first) {
+  return bias ? bias + first : nullptr;
+}
+
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <typename S>
 struct ActScratch {
   // Of all members:
   S *h, *z, *u, *cell1, *cell2, *y, *o;
   // Of each:
-  S *x, *action, *head, *probs;
+  S *x{}, *action{}, *head{}, *probs{}, *left{}, *right{};
   int64_t shared, each;
 
   ActScratch(const RssmActArgs<S>& a, int64_t member) : ActScratch(a, member, Arena<S>{a.scratch}) {}
@@ -93,7 +157,7 @@ struct ActScratch {
  private:
   ActScratch(const RssmActArgs<S>& a, int64_t member, Arena<S> arena) {
     const RssmForm& f = a.form;
-    const int64_t N = a.N, D = f.D, H = f.H;
+    const int64_t N = a.N, D = f.D, H = f.H, widest = larger(larger(larger(D, f.stoch()), 3 * H), larger(a.A, a.E));
     h = arena.take(N * D);
     z = arena.take(N * f.stoch());
     u = arena.take(N * 3 * H);
@@ -107,6 +171,8 @@ struct ActScratch {
       action = arena.take(N * a.A);
       head = arena.take(N * H);
       probs = arena.take(f.stoch());
+      left = arena.take(panels_size<S>(N, widest));
+      right = arena.take(panels_size<S>(N, widest));
       if (m == 0) each = arena.used - shared;
     }
   }
@@ -127,21 +193,21 @@ void act_cell(const Team& team, const RssmActArgs<S>& a, const ActScratch<S>& s,
   const int64_t N = a.N, D = f.D, H = f.H, Z = f.stoch(), A = a.A, G = f.blocks, Dg = D / G, X = block ? 3 * H : H;
   const NormAct<S> norm = norm_act<S>(f.norm, f.activation);
   const RssmWeights<S>& w = a.w;
+  const Input<S> nothing{};
   // The layers of the cell's inputs side by side, [deter_in, stoch_in, action_in].
   for (int64_t j = team.begin(X), last = team.end(X); j < last;) {
     const int64_t layer = j / H, first = j % H, count = min(H - first, last - j);
     S* u = s.u + layer * H;
     if (!block) {
-      start_rows(w.stoch_in.bias, first, count, N, u, X);
-      const S* row = w.stoch_in.weight + first * w.stoch_in.ld;
-      add_product(z, Z, N, row, w.stoch_in.ld, count, Z, u + first, X);
-      add_product(s.action, A, N, row + Z, w.stoch_in.ld, count, A, u + first, X);
+      linear(input_of(z, Z, N, Z, s.left), input_of(s.action, A, N, A, s.right), N,
+             w.stoch_in.weight + first * w.stoch_in.ld, w.stoch_in.ld, part(w.stoch_in.bias, first), count, u + first,
+             X);
     } else {
       const RssmLayer<S>& in = layer == 0 ? w.deter_in : (layer == 1 ? w.stoch_in : a.action_in);
       const S* input = layer == 0 ? h : (layer == 1 ? z : s.action);
       const int64_t K = layer == 0 ? D : (layer == 1 ? Z : A);
-      start_rows(in.bias, first, count, N, u, X);
-      add_product(input, K, N, in.weight + first * in.ld, in.ld, count, K, u + first, X);
+      linear(input_of(input, K, N, K, s.left), nothing, N, in.weight + first * in.ld, in.ld, part(in.bias, first),
+             count, u + first, X);
     }
     j += count;
   }
@@ -154,10 +220,8 @@ void act_cell(const Team& team, const RssmActArgs<S>& a, const ActScratch<S>& s,
   const int64_t row_begin = team.begin(N), row_end = team.end(N);
   if (!block) {
     const int64_t first = team.begin(3 * D), count = team.end(3 * D) - first;
-    const S* row = w.gates.weight + first * w.gates.ld;
-    start_rows(w.gates.bias, first, count, N, s.cell1, 3 * D);
-    add_product(s.x, X, N, row, w.gates.ld, count, H, s.cell1 + first, 3 * D);
-    add_product(h, D, N, row + H, w.gates.ld, count, D, s.cell1 + first, 3 * D);
+    linear(input_of(s.x, X, N, H, s.left), input_of(h, D, N, D, s.right), N, w.gates.weight + first * w.gates.ld,
+           w.gates.ld, part(w.gates.bias, first), count, s.cell1 + first, 3 * D);
     team.sync();
     for (int64_t n = row_begin; n < row_end; ++n)
       layernorm_gru_row(s.cell1 + n * 3 * D, w.gates.scale, w.gates.shift, h + n * D, D, S(f.cell_eps),
@@ -173,22 +237,22 @@ void act_cell(const Team& team, const RssmActArgs<S>& a, const ActScratch<S>& s,
       j += count;
     }
   };
+  const Input<S> x = input_of(s.x, X, N, X, s.right);
   over_blocks([&](int64_t g, int64_t first, int64_t count) {
-    const S* row = w.hidden.weight + (g * Dg + first) * w.hidden.ld;
-    start_rows(w.hidden.bias, g * Dg + first, count, N, s.cell1, D);
-    add_product(h + g * Dg, D, N, row, w.hidden.ld, count, Dg, s.cell1 + g * Dg + first, D);
-    add_product(s.x, X, N, row + Dg, w.hidden.ld, count, X, s.cell1 + g * Dg + first, D);
+    const int64_t column = g * Dg + first;
+    linear(input_of(h + g * Dg, D, N, Dg, s.left), x, N, w.hidden.weight + column * w.hidden.ld, w.hidden.ld,
+           part(w.hidden.bias, column), count, s.cell1 + column, D);
   });
   team.sync();
   for (int64_t n = row_begin; n < row_end; ++n)
     norm.forward(s.cell1 + n * D, w.hidden.scale, w.hidden.shift, D, S(f.eps), s.y + n * D);
   team.sync();
   over_blocks([&](int64_t g, int64_t first, int64_t count) {
-    for (int64_t part = 0; part < 3; ++part) {
-      const int64_t column = (3 * g + part) * Dg + first;
-      start_rows(w.gates.bias, column, count, N, s.cell2, 3 * D);
-      add_product(s.y + g * Dg, D, N, w.gates.weight + column * w.gates.ld, w.gates.ld, count, Dg, s.cell2 + column,
-                  3 * D);
+    const Input<S> y = input_of(s.y + g * Dg, D, N, Dg, s.left);
+    for (int64_t gate = 0; gate < 3; ++gate) {
+      const int64_t column = (3 * g + gate) * Dg + first;
+      linear(y, nothing, N, w.gates.weight + column * w.gates.ld, w.gates.ld, part(w.gates.bias, column), count,
+             s.cell2 + column, 3 * D);
     }
     for (int64_t n = 0; n < N; ++n)
       block_gru_row(s.cell2 + n * 3 * D + 3 * g * Dg, h + n * D + g * Dg, Dg, first, count,
@@ -235,6 +299,7 @@ void act(const RssmActArgs<S>& a, const Team& team) {
       s.action[n * A + j] = x;
     }
   act_cell(team, a, s, h, z);
+  const Input<S> nothing{};
   const S* input = a.deter_out;
   int64_t K = D;
   for (int64_t i = 0; i < a.head_layers; ++i) {
@@ -242,10 +307,9 @@ void act(const RssmActArgs<S>& a, const Team& team) {
     const bool last = i + 1 == a.head_layers;
     const int64_t width = last ? Q : H, first = team.begin(width), count = team.end(width) - first;
     S* y = last ? a.stats : s.o;
-    start_rows(layer.bias, first, count, N, y, width);
-    add_product(input, K, N, layer.weight + first * layer.ld, layer.ld, count, K, y + first, width);
-    if (i == 0 && a.embed)
-      add_product(a.embed, a.E, N, layer.weight + first * layer.ld + D, layer.ld, count, a.E, y + first, width);
+    const bool embedded = i == 0 && a.embed;
+    linear(input_of(input, K, N, K, s.left), embedded ? input_of(a.embed, a.E, N, a.E, s.right) : nothing, N,
+           layer.weight + first * layer.ld, layer.ld, part(layer.bias, first), count, y + first, width);
     team.sync();
     if (last) break;
     for (int64_t n = 0; n < N; ++n) norm.forward(s.o + n * H, layer.scale, layer.shift, H, S(f.eps), s.head + n * H);
@@ -255,10 +319,11 @@ void act(const RssmActArgs<S>& a, const Team& team) {
   }
   for (int64_t n = begin; n < end; ++n) {
     uint8_t* index = a.index + n * G;
-    if (a.force_index)
-      for (int64_t g = 0; g < G; ++g) index[g] = a.force_index[n * G + g];
-    else
-      sample_row(a.stats + n * Q, a.noise + n * G, G, f.classes, S(f.unimix), s.probs, index);
+    if (!a.force_index) {
+      sample_row(a.stats + n * Q, a.noise + n * G, G, f.classes, S(f.unimix), s.probs, index, a.stoch_out + n * Z);
+      continue;
+    }
+    for (int64_t g = 0; g < G; ++g) index[g] = a.force_index[n * G + g];
     one_hot_row(index, G, f.classes, a.stoch_out + n * Z);
   }
 }

@@ -1,13 +1,14 @@
-// Imagination with a recurrent state-space model on the CPU, forward only. See pywm/ops/rssm.py.
+// Imagination with a recurrent state-space model on the CPU, forward. See pywm/ops/imagine.py; the reverse is in
+// rssm_imagine_backward.cpp.
 //
 // What: from N starts, `horizon` times  policy -> action -> cell -> prior -> sample  in one call.
 // Layout: time-major, rows contiguous; all activations are scratch.
-// Mapping: starts are independent. Each thread takes blocks of kRows of them through the whole horizon and waits for
-//   nobody; a block's activations stay near the core, the packed weights pass by once a step.
+// Mapping: starts are independent. Each thread takes blocks of up to kRows of them through the whole horizon and waits
+//   for nobody; a block's activations stay near the core, the packed weights pass by once a step.
 // Cost: 2·H·N·(weights of policy, cell and prior) flops, with the one-hot inputs gathered; 80 % of one core's peak in
-// the
-//   products, about a tenth of the time in the rows between them.
+//   the products, about a tenth of the time in the rows between them.
 // Numerics: as rssm_observe.cpp; a row's numbers depend on no other row, and not on the number of threads.
+// Source: Hafner et al. (2020, 2021, 2023); the formulas of the cells in ../math/gru.h.
 
 #include "kernels.h"
 #include "rssm_cells.h"
@@ -17,25 +18,20 @@ namespace {
 
 constexpr int64_t kRows = 96;  // a multiple of every tile's rows
 
-// Packed layers of a perceptron, and its widths.
-template <typename S>
-struct Packed {
-  static constexpr int64_t kMost = 16;
-  S* layers[kMost];
-};
+constexpr int64_t kMostLayers = 16;  // of a perceptron
 
 inline int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <typename S>
 struct ImagineScratch {
   StepWeights<S> packed;
-  S *action_in, *action_x;    // the weights of actions: their own layer, and its way into the cell
-  S *table, *table_features;  // block_gru with one group of classes: what the cell gets of each; else null
-  S *policy_deter, *policy_stoch;
-  Packed<S> policy, prior;
+  Packed<S> action_in, action_x;  // the weights of actions: their own layer, and its way into the cell
+  S *table, *table_features;      // block_gru with one group of classes: what the cell gets of each; else null
+  Packed<S> policy_deter, policy_stoch, policy[kMostLayers], prior[kMostLayers];
   // Of each member:
   S *u, *cell1, *cell2, *x, *y, *action_u, *action_features, *action_proj, *wide, *wide2, *probs, *bounded, *z;
   uint8_t* taken;
+  int64_t* next;  // the first block of rows that nobody has taken
   int64_t shared, each;
 
   ImagineScratch(const RssmImagineArgs<S>& a, int64_t member) : ImagineScratch(a, member, Arena<S>{a.scratch}) {}
@@ -48,17 +44,18 @@ struct ImagineScratch {
     const PolicyNetwork<S>& p = a.policy;
     const bool block = f.cell == RssmCell::kBlockGru;
     const int64_t D = f.D, H = f.H, X = StepWeights<S>::x_width(f);
-    action_in = arena.take(packed_size<S>(a.A, H));
-    action_x = block ? arena.take(packed_size<S>(H, D)) : nullptr;
+    const auto take = [&](int64_t K, int64_t N) { return take_packed(arena, f, K, N); };
+    action_in = take(a.A, H);
+    action_x = block ? take(H, D) : Packed<S>{nullptr, false};
     const bool tabled = block && p.kind == PolicyKind::kCategorical && p.groups == 1 && !a.force_action;
     table = tabled ? arena.take(a.A * D) : nullptr;
     table_features = tabled ? arena.take(2 * a.A * H) : nullptr;
-    policy_deter = arena.take(packed_size<S>(D, p.U));
-    policy_stoch = arena.take(packed_size<S>(f.stoch(), p.U));
-    for (int64_t i = 1; i < p.count; ++i)
-      policy.layers[i] = arena.take(packed_size<S>(p.U, i + 1 < p.count ? p.U : p.outputs));
+    policy_deter = take(D, p.U);
+    policy_stoch = take(f.stoch(), p.U);
+    for (int64_t i = 1; i < p.count; ++i) policy[i] = take(p.U, i + 1 < p.count ? p.U : p.outputs);
     for (int64_t i = 0; i < a.prior_layers; ++i)
-      prior.layers[i] = arena.take(packed_size<S>(i == 0 ? D : H, i + 1 < a.prior_layers ? H : f.stats()));
+      prior[i] = take(i == 0 ? D : H, i + 1 < a.prior_layers ? H : f.stats());
+    next = reinterpret_cast<int64_t*>(arena.take(16));
     shared = arena.used;
     const int64_t cell1_width = block ? D : 3 * D;
     for (int64_t m = 0; m <= member; ++m) {
@@ -93,8 +90,7 @@ template <typename S>
 void act(const PolicyNetwork<S>& p, const S* stats, const S* noise, int64_t A, S* probs, S* action, uint8_t* taken) {
   if (p.kind == PolicyKind::kCategorical) {
     for (int64_t g = 0, first = 0; g < p.groups; first += p.classes[g++]) {
-      sample_row(stats + first, noise + g, 1, p.classes[g], S(p.unimix), probs, taken);
-      one_hot_row(taken, 1, p.classes[g], action + first);
+      sample_row(stats + first, noise + g, 1, p.classes[g], S(p.unimix), probs, taken, action + first);
     }
     return;
   }
@@ -127,16 +123,17 @@ void imagine_rows(const RssmImagineArgs<S>& a, const ImagineScratch<S>& s, int64
     const uint8_t* index = gaussian ? nullptr : a.index + row * G;
     const S* stoch = a.stoch + row * Z;
     // The policy.
-    S *in = s.wide, *out = s.wide2;
-    for (int64_t r = 0; r < rows; ++r) {
-      const S* bias = p.layers[0].bias;
-      if (t == 0)
-        for (int64_t j = 0; j < U; ++j) out[r * U + j] = (bias ? bias[j] : S(0)) + a.policy_proj[(first + r) * U + j];
-      else if (gaussian)
-        for (int64_t j = 0; j < U; ++j) out[r * U + j] = bias ? bias[j] : S(0);
-      else
-        gather_row(s.policy_stoch, index + r * G, G, f.classes, bias, U, out + r * U);
-    }
+    const auto pre_activation = [&](int64_t i) {
+      return a.policy_pre ? a.policy_pre + (i * a.horizon * N + row) * U : s.wide2;
+    };
+    S *in = s.wide, *out = pre_activation(0);
+    const uint8_t* classes =
+        t > 0 ? index : nullptr;  // the start's stoch may be floats: its products were made outside
+    stoch_rows(s.policy_stoch, classes, G, f.classes, t == 0 ? a.policy_proj + first * U : nullptr, p.layers[0].bias, 0,
+               rows, U, out, U);
+    if (classes)
+      for (int64_t r = 0; r < rows; ++r)
+        if (is_missing(stoch + r * Z, G, f.classes)) spoil_row(out + r * U, U);
     if (gaussian && t > 0) product(alone, stoch, Z, s.policy_stoch, none, out, U, rows, U, Z, true);
     product(alone, deter, D, s.policy_deter, none, out, U, rows, U, D, true);
     for (int64_t i = 0; i + 1 < p.count; ++i) {
@@ -144,8 +141,8 @@ void imagine_rows(const RssmImagineArgs<S>& a, const ImagineScratch<S>& s, int64
         policy_norm.forward(out + r * U, p.layers[i].scale, p.layers[i].shift, U, S(p.eps), in + r * U);
       const bool last = i + 2 == p.count;
       const int64_t width = last ? p.outputs : U;
-      product(alone, in, U, s.policy.layers[i + 1], p.layers[i + 1].bias, last ? a.policy_stats + row * p.outputs : out,
-              width, rows, width, U);
+      out = last ? a.policy_stats + row * p.outputs : pre_activation(i + 1);
+      product(alone, in, U, s.policy[i + 1], p.layers[i + 1].bias, out, width, rows, width, U);
     }
     S* action = a.action + row * A;
     for (int64_t r = 0; r < rows; ++r) {
@@ -174,16 +171,11 @@ void imagine_rows(const RssmImagineArgs<S>& a, const ImagineScratch<S>& s, int64
     } else {
       product(alone, action, A, s.action_in, a.w.stoch_in.bias, s.action_proj, H, rows, H, A);
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      const S* start = block ? a.w.stoch_in.bias : s.action_proj + r * H;
-      S* to = from_stoch + r * X;
-      if (t == 0)
-        for (int64_t j = 0; j < H; ++j) to[j] = (start ? start[j] : S(0)) + a.stoch_proj[(first + r) * H + j];
-      else if (gaussian)
-        for (int64_t j = 0; j < H; ++j) to[j] = start ? start[j] : S(0);
-      else
-        gather_row(s.packed.stoch_in, index + r * G, G, f.classes, start, H, to);
-    }
+    stoch_rows(s.packed.stoch_in, classes, G, f.classes, t == 0 ? a.stoch_proj + first * H : nullptr,
+               block ? a.w.stoch_in.bias : s.action_proj, block ? 0 : H, rows, H, from_stoch, X);
+    for (int64_t r = 0; r < rows; ++r)
+      if ((classes && is_missing(stoch + r * Z, G, f.classes)) || (s.table && is_missing(action + r * A, 1, A)))
+        spoil_row(from_stoch + r * X, H);
     if (gaussian && t > 0) product(alone, stoch, Z, s.packed.stoch_in, none, from_stoch, X, rows, H, Z, true);
     if (block) product(alone, deter, D, s.packed.deter_in, a.w.deter_in.bias, s.u, X, rows, H, D);
     S* deter_next = a.deter + next * D;
@@ -194,14 +186,14 @@ void imagine_rows(const RssmImagineArgs<S>& a, const ImagineScratch<S>& s, int64
     const S* from = deter_next;
     int64_t width = D;
     for (int64_t i = 0; i + 1 < a.prior_layers; ++i) {
-      product(alone, from, width, s.prior.layers[i], a.prior[i].bias, s.wide2, H, rows, H, width);
+      product(alone, from, width, s.prior[i], a.prior[i].bias, s.wide2, H, rows, H, width);
       for (int64_t r = 0; r < rows; ++r)
         norm.forward(s.wide2 + r * H, a.prior[i].scale, a.prior[i].shift, H, S(f.eps), s.wide + r * H);
       from = s.wide;
       width = H;
     }
     S* stats = a.prior_stats + row * Q;
-    product(alone, from, width, s.prior.layers[a.prior_layers - 1], a.prior[a.prior_layers - 1].bias, stats, Q, rows, Q,
+    product(alone, from, width, s.prior[a.prior_layers - 1], a.prior[a.prior_layers - 1].bias, stats, Q, rows, Q,
             width);
     for (int64_t r = 0; r < rows; ++r) {
       S* sample = a.stoch + (next + r) * Z;
@@ -213,14 +205,28 @@ void imagine_rows(const RssmImagineArgs<S>& a, const ImagineScratch<S>& s, int64
         continue;
       }
       uint8_t* drawn = a.index + (next + r) * G;
-      if (a.force_index)
-        for (int64_t g = 0; g < G; ++g) drawn[g] = a.force_index[(row + r) * G + g];
-      else
-        sample_row(l, a.noise + (row + r) * G, G, f.classes, S(f.unimix), s.probs, drawn);
+      if (!a.force_index) {
+        sample_row(l, a.noise + (row + r) * G, G, f.classes, S(f.unimix), s.probs, drawn, sample);
+        continue;
+      }
+      for (int64_t g = 0; g < G; ++g) drawn[g] = a.force_index[(row + r) * G + g];
       one_hot_row(drawn, G, f.classes, sample);
     }
   }
 }
+
+// Blocks of at most kRows rows: as many for each member, and no two differ by more than a tile's rows.
+struct Blocks {
+  int64_t rows, count;
+  Blocks(int64_t N, int64_t members) : rows(N) {
+    const int64_t each = (N + members - 1) / members;
+    count = (each + kRows - 1) / kRows * members;
+  }
+  int64_t begin(int64_t block) const {
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+    return smaller(rows, tiles * block / count * kTileRows);
+  }
+};
 
 template <typename S>
 void imagine(const RssmImagineArgs<S>& a, const Team& team) {
@@ -229,6 +235,8 @@ void imagine(const RssmImagineArgs<S>& a, const Team& team) {
   const bool block = f.cell == RssmCell::kBlockGru;
   const int64_t D = f.D, H = f.H, Dg = D / f.blocks, Z = f.stoch();
   const ImagineScratch<S> s(a, team.rank);
+  if (team.rank == 0) *s.next = team.size;
+  const Blocks blocks(a.N, team.size);
   s.packed.pack(team, f, a.w);
   if (block) {
     pack_weight(team, a.action_in.weight, a.action_in.ld, a.A, H, s.action_in);
@@ -239,10 +247,10 @@ void imagine(const RssmImagineArgs<S>& a, const Team& team) {
   pack_weight(team, p.layers[0].weight, p.layers[0].ld, D, p.U, s.policy_deter);
   pack_weight(team, p.layers[0].weight + D, p.layers[0].ld, Z, p.U, s.policy_stoch);
   for (int64_t i = 1; i < p.count; ++i)
-    pack_weight(team, p.layers[i].weight, p.layers[i].ld, p.U, i + 1 < p.count ? p.U : p.outputs, s.policy.layers[i]);
+    pack_weight(team, p.layers[i].weight, p.layers[i].ld, p.U, i + 1 < p.count ? p.U : p.outputs, s.policy[i]);
   for (int64_t i = 0; i < a.prior_layers; ++i)
     pack_weight(team, a.prior[i].weight, a.prior[i].ld, i == 0 ? D : H, i + 1 < a.prior_layers ? H : f.stats(),
-                s.prior.layers[i]);
+                s.prior[i]);
   team.sync();
   if (s.table && team.rank == 0) {
     const Team alone{0, 1, nullptr};
@@ -250,14 +258,18 @@ void imagine(const RssmImagineArgs<S>& a, const Team& team) {
     const RssmLayer<S>& in = a.action_in;
     S *u = s.table_features, *features = u + a.A * H;
     for (int64_t i = 0; i < a.A; ++i) {
-      for (int64_t j = 0; j < H; ++j) u[i * H + j] = in.weight[j * in.ld + i] + (in.bias ? in.bias[j] : S(0));
+      for (int64_t j = 0; j < H; ++j) {
+        const S weight = in.weight[j * in.ld + i];
+        u[i * H + j] = (f.bfloat16 ? S(rounded(float(weight))) : weight) + (in.bias ? in.bias[j] : S(0));
+      }
       norm.forward(u + i * H, in.scale, in.shift, H, S(f.eps), features + i * H);
     }
     product(alone, features, H, s.action_x, a.w.hidden.bias, s.table, D, a.A, D, H);
   }
   if (s.table) team.sync();
-  const int64_t begin = team.begin(a.N), end = team.end(a.N);
-  for (int64_t first = begin; first < end; first += kRows) imagine_rows(a, s, first, smaller(kRows, end - first));
+  // Who is done first takes the next block: a core that other processes hold must not make everybody wait.
+  for (int64_t block = team.rank; block < blocks.count; block = Team::take(s.next))
+    imagine_rows(a, s, blocks.begin(block), blocks.begin(block + 1) - blocks.begin(block));
 }
 
 template <typename S>

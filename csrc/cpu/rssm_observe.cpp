@@ -7,8 +7,9 @@
 //   by one core only), then its rows of what lies between; a light barrier after each phase.
 // Cost: weights are packed once a call; then 2·T·N·(recurrent weights) flops forward and as many backward. Gradients of
 //   weights are not computed here: they are one product over all rows, which the caller makes afterwards.
-// Numerics: everything in S; sums of norms' gradients run over time in a fixed order for a given number of threads.
-// Source: Hafner et al. (2019, 2020, 2021, 2023); the formulas of the cells in rssm_cells.h.
+// Numerics: everything in S, but for the operands of products where the form says bfloat16 (see gemm.h); sums of norms'
+//   gradients run over time in a fixed order for a given number of threads.
+// Source: Hafner et al. (2019, 2020, 2021, 2023); the formulas of the cells in ../math/gru.h.
 
 #include "kernels.h"
 #include "rssm_cells.h"
@@ -16,8 +17,14 @@
 namespace pywm::cpu::PYWM_ISA {
 namespace {
 
-// From so many rows a thread on, rows are divided instead of columns.
-constexpr int64_t kRowsEach = 16;
+// Members that have so many rows each take them through time alone, without a barrier. With fewer than kManyRows it
+// pays only while every core may read all the weights from the cache that they share.
+constexpr int64_t kRowsEach = 8, kManyRows = 16, kSharedBytes = 6 << 20;
+
+template <typename S>
+bool each_alone(int64_t N, int64_t members, int64_t weights) {
+  return N >= kManyRows * members || (N >= kRowsEach * members && weights * int64_t(sizeof(S)) <= kSharedBytes);
+}
 
 // Where a plane of `width` numbers a row stands at time t; planes that are not kept have one row of time.
 template <typename S>
@@ -25,26 +32,18 @@ inline S* at(S* plane, int64_t t, int64_t N, int64_t row, int64_t width, bool ke
   return plane + ((kept ? t * N : 0) + row) * width;
 }
 
-struct Widths {
-  int64_t u, cell1, cell2;
-  explicit Widths(const RssmForm& f) {
-    const int64_t D = f.D;
-    u = f.cell == RssmCell::kBlockGru ? 2 * f.H : f.H;
-    cell1 = f.cell == RssmCell::kBlockGru ? D : (f.cell == RssmCell::kGruBlock ? 2 * D : 3 * D);
-    cell2 = f.cell == RssmCell::kLayerNormGru ? 0 : (f.cell == RssmCell::kGruBlock ? D : 3 * D);
-  }
-};
-
 template <typename S>
 struct ObserveScratch {
   StepWeights<S> packed;
+  int64_t weights;  // packed numbers
   S *h, *z, *x, *y, *head, *probs, *squares, *u, *cell1, *cell2, *o;
   int64_t size;
 
   ObserveScratch(const RssmForm& f, int64_t N, bool keep, S* base) : ObserveScratch(f, N, keep, Arena<S>{base}) {}
 
  private:
-  ObserveScratch(const RssmForm& f, int64_t N, bool keep, Arena<S> arena) : packed(f, arena, true) {
+  ObserveScratch(const RssmForm& f, int64_t N, bool keep, Arena<S> arena)
+      : packed(f, arena, true), weights(arena.used) {
     const Widths width(f);
     h = arena.take(N * f.D);
     z = arena.take(f.gaussian() ? N * f.groups : 0);
@@ -96,6 +95,11 @@ void observe_rows(const Team& team, const RssmObserveArgs<S>& a, const ObserveSc
     const uint8_t* action_class = a.action_class ? a.action_class + t * N + first : nullptr;
     // Pre-activations of the half of x that the stoch feeds.
     S* from_stoch = u + (block ? H : 0);
+    const S* starts = block ? a.w.stoch_in.bias : action_proj;
+    const int64_t starts_ld = block ? 0 : H;
+    if (t > 0 && !gaussian)  // rows that begin an episode are put right below
+      gather_rows(scratch.packed.stoch_in, a.index + ((t - 1) * N + first + begin) * G, end - begin, G, f.classes,
+                  starts ? starts + begin * starts_ld : nullptr, starts_ld, H, from_stoch + begin * U, U);
     for (int64_t r = begin; r < end; ++r) {
       const bool reset = a.is_first[t * N + first + r];
       if (reset)
@@ -104,7 +108,7 @@ void observe_rows(const Team& team, const RssmObserveArgs<S>& a, const ObserveSc
         copy_row(deter_before + r * D, h + r * D, D);
       if (reset && block)
         for (int64_t j = 0; j < H; ++j) u[r * U + j] = a.w.deter_in.bias ? a.w.deter_in.bias[j] : S(0);
-      const S* start = block ? a.w.stoch_in.bias : action_proj + r * H;
+      const S* start = starts ? starts + r * starts_ld : nullptr;
       S* to = from_stoch + r * U;
       if (reset || t == 0) {
         const S* proj = a.stoch_proj + (first + r) * H;
@@ -112,8 +116,8 @@ void observe_rows(const Team& team, const RssmObserveArgs<S>& a, const ObserveSc
       } else if (gaussian) {
         copy_row(at(a.stoch, t - 1, N, first + r, G), scratch.z + (first + r) * G, G);
         for (int64_t j = 0; j < H; ++j) to[j] = start ? start[j] : S(0);
-      } else {
-        gather_row(scratch.packed.stoch_in, a.index + ((t - 1) * N + first + r) * G, G, f.classes, start, H, to);
+      } else if (is_missing(at(a.stoch, t - 1, N, first + r, Z), G, f.classes)) {
+        spoil_row(to, H);
       }
       if (gaussian && (reset || t == 0)) zero_row(scratch.z + (first + r) * G, G);
     }
@@ -151,10 +155,11 @@ void observe_rows(const Team& team, const RssmObserveArgs<S>& a, const ObserveSc
         continue;
       }
       uint8_t* index = a.index + row * G;
-      if (a.force_index)
-        for (int64_t g = 0; g < G; ++g) index[g] = a.force_index[row * G + g];
-      else
-        sample_row(l, a.noise + row * G, G, f.classes, S(f.unimix), scratch.probs + (first + r) * Z, index);
+      if (!a.force_index) {
+        sample_row(l, a.noise + row * G, G, f.classes, S(f.unimix), scratch.probs + (first + r) * Z, index, stoch);
+        continue;
+      }
+      for (int64_t g = 0; g < G; ++g) index[g] = a.force_index[row * G + g];
       one_hot_row(index, G, f.classes, stoch);
     }
   }
@@ -165,7 +170,7 @@ void observe(const RssmObserveArgs<S>& a, const Team& team) {
   const ObserveScratch<S> scratch(a.form, a.N, a.u != nullptr, a.scratch);
   scratch.packed.pack(team, a.form, a.w);
   team.sync();
-  if (a.N >= kRowsEach * team.size) {
+  if (each_alone<S>(a.N, team.size, scratch.weights)) {
     const Team alone{0, 1, nullptr};
     observe_rows(alone, a, scratch, team.begin(a.N), team.end(a.N) - team.begin(a.N));
   } else {
@@ -173,96 +178,10 @@ void observe(const RssmObserveArgs<S>& a, const Team& team) {
   }
 }
 
-// Weights as they stand, for products with gradients.
-template <typename S>
-struct BackwardWeights {
-  S *deter_in, *stoch_in, *hidden_deter, *hidden_x, *gates, *gates_deter, *candidate, *candidate_deter, *head, *out;
-
-  BackwardWeights(const RssmForm& f, Arena<S>& arena) {
-    const int64_t D = f.D, H = f.H, G = f.blocks, Dg = D / G;
-    const bool block = f.cell == RssmCell::kBlockGru, norm = f.cell == RssmCell::kLayerNormGru,
-               gru = f.cell == RssmCell::kGru, planet = f.cell == RssmCell::kGruBlock;
-    deter_in = block ? arena.take(packed_size<S>(H, D)) : nullptr;
-    stoch_in = arena.take(packed_size<S>(H, f.stoch()));
-    hidden_deter = block ? arena.take(G * packed_size<S>(Dg, Dg)) : nullptr;
-    hidden_x = block ? arena.take(packed_size<S>(D, 2 * H)) : nullptr;
-    gates = arena.take(block ? G * packed_size<S>(3 * Dg, Dg) : packed_size<S>(planet ? 2 * D : 3 * D, H));
-    gates_deter = norm || planet ? arena.take(packed_size<S>(planet ? 2 * D : 3 * D, D)) : nullptr;
-    candidate = planet ? arena.take(packed_size<S>(D, H)) : nullptr;
-    candidate_deter = gru || planet ? arena.take(packed_size<S>(gru ? 3 * D : D, D)) : nullptr;
-    head = arena.take(packed_size<S>(H, D));
-    out = arena.take(packed_size<S>(f.stats(), H));
-  }
-
-  void pack(const Team& team, const RssmForm& f, const RssmWeights<S>& w) const {
-    const int64_t D = f.D, H = f.H, G = f.blocks, Dg = D / G;
-    pack_transposed_weight(team, w.stoch_in.weight, w.stoch_in.ld, H, f.stoch(), stoch_in);
-    pack_transposed_weight(team, w.head.weight, w.head.ld, H, D, head);
-    pack_transposed_weight(team, w.out.weight, w.out.ld, f.stats(), H, out);
-    switch (f.cell) {
-      case RssmCell::kBlockGru:
-        pack_transposed_weight(team, w.deter_in.weight, w.deter_in.ld, H, D, deter_in);
-        for (int64_t g = 0; g < G; ++g) {
-          pack_transposed_weight(team, w.hidden.weight + g * Dg * w.hidden.ld, w.hidden.ld, Dg, Dg,
-                                 hidden_deter + g * packed_size<S>(Dg, Dg));
-          pack_transposed_weight(team, w.gates.weight + 3 * g * Dg * w.gates.ld, w.gates.ld, 3 * Dg, Dg,
-                                 gates + g * packed_size<S>(3 * Dg, Dg));
-        }
-        pack_transposed_weight(team, w.hidden.weight + Dg, w.hidden.ld, D, 2 * H, hidden_x);
-        break;
-      case RssmCell::kLayerNormGru:
-        pack_transposed_weight(team, w.gates.weight, w.gates.ld, 3 * D, H, gates);
-        pack_transposed_weight(team, w.gates.weight + H, w.gates.ld, 3 * D, D, gates_deter);
-        break;
-      case RssmCell::kGru:
-        pack_transposed_weight(team, w.gates.weight, w.gates.ld, 3 * D, H, gates);
-        pack_transposed_weight(team, w.candidate.weight, w.candidate.ld, 3 * D, D, candidate_deter);
-        break;
-      case RssmCell::kGruBlock:
-        pack_transposed_weight(team, w.gates.weight, w.gates.ld, 2 * D, H, gates);
-        pack_transposed_weight(team, w.gates.weight + H, w.gates.ld, 2 * D, D, gates_deter);
-        pack_transposed_weight(team, w.candidate.weight, w.candidate.ld, D, H, candidate);
-        pack_transposed_weight(team, w.candidate.weight + H, w.candidate.ld, D, D, candidate_deter);
-        break;
-    }
-  }
-};
-
-// Gradients of scales and shifts: how many there are, in the order of RssmObserveBackwardArgs.
-inline int64_t norm_gradients(const RssmForm& f) {
-  const int64_t each = f.norm == Norm::kNone ? 0 : (f.norm == Norm::kLayer ? 2 : 1);
-  const int64_t cell = f.cell == RssmCell::kBlockGru ? each * (f.H + f.D)  // deter_in and hidden
-                                                     : (f.cell == RssmCell::kLayerNormGru ? 6 * f.D : 0);
-  return cell + 2 * each * f.H;
-}
-
-template <typename S>
-struct NormGradients {
-  S *deter_in, *deter_in_shift, *stoch_in, *stoch_in_shift, *cell, *cell_shift, *head, *head_shift;
-
-  NormGradients(const RssmForm& f, S* base) {
-    const bool shifts = f.norm == Norm::kLayer, block = f.cell == RssmCell::kBlockGru;
-    const auto take = [&](int64_t n) {
-      S* piece = base;
-      base += n;
-      return piece;
-    };
-    const int64_t H = f.norm == Norm::kNone ? 0 : f.H;
-    const int64_t C = block ? (f.norm == Norm::kNone ? 0 : f.D) : (f.cell == RssmCell::kLayerNormGru ? 3 * f.D : 0);
-    deter_in = take(block ? H : 0);
-    deter_in_shift = take(block && shifts ? H : 0);
-    stoch_in = take(H);
-    stoch_in_shift = take(shifts ? H : 0);
-    cell = take(C);
-    cell_shift = take(!block || shifts ? C : 0);
-    head = take(H);
-    head_shift = take(shifts ? H : 0);
-  }
-};
-
 template <typename S>
 struct BackwardScratch {
   BackwardWeights<S> packed;
+  int64_t weights;
   S *carry, *grad_h, *grad_stoch, *grad_head, *grad_y, *grad_x, *probs, *h, *norms;
   int64_t size;
 
@@ -270,7 +189,8 @@ struct BackwardScratch {
       : BackwardScratch(f, N, members, Arena<S>{base}) {}
 
  private:
-  BackwardScratch(const RssmForm& f, int64_t N, int64_t members, Arena<S> arena) : packed(f, arena) {
+  BackwardScratch(const RssmForm& f, int64_t N, int64_t members, Arena<S> arena)
+      : packed(f, arena, true), weights(arena.used) {
     const int64_t X = Widths(f).u;
     carry = arena.take(N * f.D);
     grad_h = arena.take(N * f.D);
@@ -280,7 +200,7 @@ struct BackwardScratch {
     grad_x = arena.take(N * X);
     probs = arena.take(N * f.stoch());
     h = arena.take(N * f.D);
-    norms = arena.take(members * norm_gradients(f));
+    norms = arena.take(members * norm_gradients(f, 1));
     size = arena.used;
   }
 };
@@ -288,142 +208,6 @@ struct BackwardScratch {
 template <typename S>
 int64_t observe_backward_workspace(const RssmForm& form, int64_t N, int64_t members) {
   return BackwardScratch<S>(form, N, members, nullptr).size;
-}
-
-// Through the cell: grad [rows, D] of the new deter; carry becomes the gradient of the old one (without what comes
-// through deter_in), grad_x that of x. Ends synchronised.
-template <typename S>
-void cell_backward(const Team& team, const RssmObserveBackwardArgs<S>& a, const BackwardScratch<S>& scratch,
-                   const NormGradients<S>& norms, int64_t t, int64_t first, int64_t rows) {
-  constexpr int64_t kCols = Simd<S>::kCols;
-  const RssmForm& f = a.form;
-  const Widths width(f);
-  const BackwardWeights<S>& packed = scratch.packed;
-  const int64_t N = a.N, D = f.D, H = f.H, G = f.blocks, Dg = D / G, X = width.u;
-  const NormAct<S> act = norm_act<S>(f.norm, f.activation);
-  const S* none = nullptr;
-  const int64_t begin = team.begin(rows), end = team.end(rows);
-  const S *cell1 = at(a.cell1, t, N, first, width.cell1), *cell2 = at(a.cell2, t, N, first, width.cell2);
-  S *grad1 = at(a.grad_cell1, t, N, first, width.cell1), *grad2 = at(a.grad_cell2, t, N, first, width.cell2);
-  const S *h = scratch.h + first * D, *grad = scratch.grad_h + first * D;
-  S *carry = scratch.carry + first * D, *grad_x = scratch.grad_x + first * X, *grad_y = scratch.grad_y + first * D;
-  S* y = at(a.y, t, N, first, D);
-  if (f.cell == RssmCell::kBlockGru) {
-    // Each row's gates; blocks are contiguous.
-    for (int64_t r = begin; r < end; ++r)
-      for (int64_t g = 0; g < G; ++g) {
-        const S *pre = cell2 + r * 3 * D + 3 * g * Dg, *gd = grad + r * D + g * Dg, *hb = h + r * D + g * Dg;
-        S *out = grad2 + r * 3 * D + 3 * g * Dg, *cb = carry + r * D + g * Dg;
-#pragma GCC ivdep
-        for (int64_t j = 0; j < Dg; ++j) {
-          const auto back = math::gru_grad(gd[j], math::GruGates<S>{pre[j], pre[Dg + j], pre[2 * Dg + j]}, hb[j]);
-          out[j] = back.gates.reset;
-          out[Dg + j] = back.gates.candidate;
-          out[2 * Dg + j] = back.gates.update;
-          cb[j] = back.deter;
-        }
-      }
-    team.sync();
-    const int64_t count = panels<S>(Dg), all = G * count;
-    for (int64_t i = team.begin(all); i < team.end(all); ++i) {
-      const int64_t g = i / count, column = i % count * kCols;
-      multiply(grad2 + 3 * g * Dg, 3 * D, packed.gates + g * packed_size<S>(3 * Dg, Dg) + column * 3 * Dg, none,
-               grad_y + g * Dg + column, D, rows, min(kCols, Dg - column), 3 * Dg, false);
-    }
-    team.sync();
-    for (int64_t r = begin; r < end; ++r)
-      act.backward(cell1 + r * D, a.w.hidden.scale, a.w.hidden.shift, D, S(f.eps), grad_y + r * D, y + r * D,
-                   grad1 + r * D, norms.cell, norms.cell_shift);
-    team.sync();
-    for (int64_t i = team.begin(all); i < team.end(all); ++i) {
-      const int64_t g = i / count, column = i % count * kCols;
-      multiply(grad1 + g * Dg, D, packed.hidden_deter + g * packed_size<S>(Dg, Dg) + column * Dg, none,
-               carry + g * Dg + column, D, rows, min(kCols, Dg - column), Dg, true);
-    }
-    product(team, grad1, D, packed.hidden_x, none, grad_x, X, rows, X, D);
-    team.sync();
-    return;
-  }
-  if (f.cell == RssmCell::kLayerNormGru) {
-    for (int64_t r = begin; r < end; ++r) {
-      const S *p = cell1 + r * 3 * D, *hr = h + r * D, *g = grad + r * D;
-      const S *scale = a.w.gates.scale, *shift = a.w.gates.shift;
-      S *out = grad1 + r * 3 * D, *c = carry + r * D;
-      const Moments<S> m = moments<Norm::kLayer>(p, 3 * D, S(f.cell_eps));
-#pragma GCC ivdep
-      for (int64_t j = 0; j < D; ++j) {
-        const auto q = [&](int64_t i) { return (p[i] - m.mean) * m.inverse * scale[i] + shift[i]; };
-        const auto back = math::gru_grad(g[j], math::GruGates<S>{q(j), q(D + j), q(2 * D + j)}, hr[j]);
-        out[j] = back.gates.reset;
-        out[D + j] = back.gates.candidate;
-        out[2 * D + j] = back.gates.update;
-        c[j] = back.deter;
-      }
-#pragma GCC ivdep
-      for (int64_t i = 0; i < 3 * D; ++i) {
-        const S hat = (p[i] - m.mean) * m.inverse;
-        norms.cell[i] += out[i] * hat;
-        norms.cell_shift[i] += out[i];
-        out[i] *= scale[i];
-      }
-      const S along = sum_over<S>(3 * D, [&](int64_t i) { return out[i] * (p[i] - m.mean); }) * m.inverse / S(3 * D);
-      const S mean = sum_over<S>(3 * D, [&](int64_t i) { return out[i]; }) / S(3 * D);
-#pragma GCC ivdep
-      for (int64_t i = 0; i < 3 * D; ++i) out[i] = m.inverse * (out[i] - mean - (p[i] - m.mean) * m.inverse * along);
-    }
-    team.sync();
-    product(team, grad1, 3 * D, packed.gates, none, grad_x, X, rows, H, 3 * D);
-    product(team, grad1, 3 * D, packed.gates_deter, none, carry, D, rows, D, 3 * D, true);
-  } else if (f.cell == RssmCell::kGru) {
-    for (int64_t r = begin; r < end; ++r) {
-      const S *gx = cell1 + r * 3 * D, *gh = cell2 + r * 3 * D, *hr = h + r * D, *g = grad + r * D;
-      S *ox = grad1 + r * 3 * D, *oh = grad2 + r * 3 * D, *c = carry + r * D;
-#pragma GCC ivdep
-      for (int64_t j = 0; j < D; ++j) {
-        const auto back = math::reset_after_grad(g[j], math::ResetAfterGates<S>{gx[j], gx[D + j], gx[2 * D + j]},
-                                                 math::ResetAfterGates<S>{gh[j], gh[D + j], gh[2 * D + j]}, hr[j]);
-        ox[j] = oh[j] = back.input.reset;
-        ox[D + j] = oh[D + j] = back.input.keep;
-        ox[2 * D + j] = back.input.candidate;
-        oh[2 * D + j] = back.hidden_candidate;
-        c[j] = back.deter;
-      }
-    }
-    team.sync();
-    product(team, grad1, 3 * D, packed.gates, none, grad_x, X, rows, H, 3 * D);
-    product(team, grad2, 3 * D, packed.candidate_deter, none, carry, D, rows, D, 3 * D, true);
-  } else {
-    for (int64_t r = begin; r < end; ++r) {
-      const S *ru = cell1 + r * 2 * D, *c = cell2 + r * D, *hr = h + r * D, *g = grad + r * D;
-      S *out_gates = grad1 + r * 2 * D, *out_candidate = grad2 + r * D, *cr = carry + r * D, *yr = y + r * D;
-#pragma GCC ivdep
-      for (int64_t j = 0; j < D; ++j) {
-        const auto back = math::reset_before_update_grad(g[j], ru[D + j], c[j], hr[j]);
-        out_candidate[j] = back.candidate;
-        out_gates[D + j] = back.update;
-        cr[j] = back.deter;
-        yr[j] = math::reset_before_reset(ru[j], hr[j]);
-      }
-    }
-    team.sync();
-    product(team, grad2, D, packed.candidate_deter, none, grad_y, D, rows, D, D);
-    team.sync();
-    for (int64_t r = begin; r < end; ++r) {
-      const S *ru = cell1 + r * 2 * D, *hr = h + r * D, *gy = grad_y + r * D;
-      S *out_gates = grad1 + r * 2 * D, *cr = carry + r * D;
-#pragma GCC ivdep
-      for (int64_t j = 0; j < D; ++j) {
-        const auto back = math::reset_before_reset_grad(gy[j], ru[j], hr[j]);
-        out_gates[j] = back.reset;
-        cr[j] += back.deter;
-      }
-    }
-    team.sync();
-    product(team, grad2, D, packed.candidate, none, grad_x, X, rows, H, D);
-    product(team, grad1, 2 * D, packed.gates, none, grad_x, X, rows, H, 2 * D, true);
-    product(team, grad1, 2 * D, packed.gates_deter, none, carry, D, rows, D, 2 * D, true);
-  }
-  team.sync();
 }
 
 template <typename S>
@@ -477,11 +261,17 @@ void observe_rows_backward(const Team& team, const RssmObserveBackwardArgs<S>& a
     S* grad_o = at(a.grad_o, t, N, first, H);
     for (int64_t r = begin; r < end; ++r)
       act.backward(at(a.o, t, N, first + r, H), a.w.head.scale, a.w.head.shift, H, S(f.eps), grad_head + r * H,
-                   at(a.head, t, N, first + r, H), grad_o + r * H, norms.head, norms.head_shift);
+                   at(a.head, t, N, first + r, H), grad_o + r * H, norms.head, norms.head + norms.head_shift);
     team.sync();
     product(team, grad_o, H, packed.head, none, grad_h, D, rows, D, H, true);
     team.sync();
-    cell_backward(team, a, scratch, norms, t, first, rows);
+    const Widths width(f);
+    cell_backward(
+        team, f, a.w, packed,
+        StepRowsBackward<S>{h, grad_h, at(a.cell1, t, N, first, width.cell1), at(a.cell2, t, N, first, width.cell2),
+                            at(a.grad_cell1, t, N, first, width.cell1), at(a.grad_cell2, t, N, first, width.cell2),
+                            grad_x, carry, at(a.y, t, N, first, D), scratch.grad_y + first * D, rows},
+        norms);
     S* grad_u = at(a.grad_u, t, N, first, X);
     for (int64_t r = begin; r < end; ++r) {
       const S* u = at(a.u, t, N, first + r, X);
@@ -515,12 +305,12 @@ void observe_rows_backward(const Team& team, const RssmObserveBackwardArgs<S>& a
 template <typename S>
 void observe_backward(const RssmObserveBackwardArgs<S>& a, const Team& team) {
   const BackwardScratch<S> scratch(a.form, a.N, a.members, a.scratch);
-  const int64_t sums = norm_gradients(a.form);
+  const int64_t sums = norm_gradients(a.form, 1);
   zero_row(scratch.norms + team.rank * sums, sums);
   scratch.packed.pack(team, a.form, a.w);
   team.sync();
   const NormGradients<S> norms(a.form, scratch.norms + team.rank * sums);
-  if (a.N >= kRowsEach * team.size) {
+  if (each_alone<S>(a.N, team.size, scratch.weights)) {
     const Team alone{0, 1, nullptr};
     observe_rows_backward(alone, a, scratch, norms, team.begin(a.N), team.end(a.N) - team.begin(a.N));
   } else {

@@ -107,12 +107,20 @@ template <typename S>
   }
 }
 
-// Inverse CDF of (1 - unimix)·softmax + unimix / classes. `probs` is scratch. Sums run in the order of the classes.
+template <typename S>
+inline void one_hot_row(const uint8_t* index, int64_t groups, int64_t classes, S* __restrict out) {
+  for (int64_t i = 0; i < groups * classes; ++i) out[i] = S(0);
+  for (int64_t g = 0; g < groups; ++g) out[g * classes + index[g]] = S(1);
+}
+
+// Classes by inverse CDF of (1 - unimix)·softmax + unimix / classes, and the one-hot `out` of them: all NaN for a group
+// whose logits are. `probs` is scratch. Sums run in the order of the classes.
 template <typename S>
 [[gnu::noinline]] void sample_row(const S* logits, const S* uniform, int64_t groups, int64_t classes, S unimix,
-                                  S* probs, uint8_t* index) {
+                                  S* probs, uint8_t* index, S* out) {
   softmax_row(logits, groups, classes, probs);
   const S floor = unimix / S(classes), share = S(1) - unimix;
+  bool missing = false;
   for (int64_t g = 0; g < groups; ++g) {
     const S* p = probs + g * classes;
     S sum = S(0);
@@ -125,13 +133,25 @@ template <typename S>
       count += cdf <= threshold;
     }
     index[g] = static_cast<uint8_t>(count < classes ? count : classes - 1);
+    missing |= sum != sum;
   }
+  one_hot_row(index, groups, classes, out);
+  if (!missing) return;
+  for (int64_t g = 0; g < groups; ++g)
+    if (const S* p = probs + g * classes; p[0] != p[0])
+      for (int64_t k = 0; k < classes; ++k) out[g * classes + k] = p[0];
 }
 
+// Whether some group of a sample is NaN. Its class says nothing of that, so what is gathered by it must be told.
 template <typename S>
-inline void one_hot_row(const uint8_t* index, int64_t groups, int64_t classes, S* __restrict out) {
-  for (int64_t i = 0; i < groups * classes; ++i) out[i] = S(0);
-  for (int64_t g = 0; g < groups; ++g) out[g * classes + index[g]] = S(1);
+inline bool is_missing(const S* sample, int64_t groups, int64_t classes) {
+  bool missing = false;
+  for (int64_t g = 0; g < groups; ++g) missing |= sample[g * classes] != sample[g * classes];
+  return missing;
+}
+template <typename S>
+inline void spoil_row(S* row, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) row[i] = S(__builtin_nan(""));
 }
 
 // Straight through: from the gradient of the one-hot to that of the logits, added to `grad`. `probs` is scratch.

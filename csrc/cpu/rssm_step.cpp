@@ -1,12 +1,12 @@
 // Where a step of a scan made of products and row kernels begins, on the CPU. See pywm/ops/rssm_products.py.
 //
-// What      h = deter and u = add + stoch_in's product with the sample before, both zeroed where an episode begins;
-//           backward, the gradients of the logits and of deter from outside and from the step behind.
-// Layout    ops.h; a row a state.
-// Mapping   Rows are divided among threads.
-// Cost      Bandwidth. The CPU's own scan does not come here: it is there so that the path of GPUs runs without one.
-// Numerics  Formulas of math/ in S.
-// Source    Hafner et al. 2023; the gradient of the samples: Bengio et al. 2013.
+// What: h = deter and u = add + stoch_in's product with the sample before, both zeroed where an episode begins;
+//   backward, the gradients of the logits and of deter from outside and from the step behind.
+// Layout: ops.h; a row a state.
+// Mapping: Rows are divided among threads.
+// Cost: Bandwidth. The CPU's own scan does not come here: it is there so that the path of GPUs runs without one.
+// Numerics: Formulas of math/ in S.
+// Source: Hafner et al. 2023; the gradient of the samples: Bengio et al. 2013.
 
 #include "../math/categorical.h"
 #include "kernels.h"

@@ -1,4 +1,14 @@
 // V-trace on the CPU. See pywm/ops/vtrace.py for the definition.
+//
+// What: targets and advantages from clipped importance weights, backwards in time; their adjoint, forwards.
+// Layout: all [T, N] contiguous, time-major.
+// Mapping: threads share the columns, in multiples of 16. Time is serial, columns are not: a block of kBlock of them
+//   goes from row to row, its carries in the first-level cache. The weights of a row of a block come first, in a loop
+//   of their own.
+// Cost: an element reads 5 numbers and a mask and writes 2 (3 where a gradient is wanted later), backward up to 6 and
+//   4; one exponential each way.
+// Numerics: ../math/returns.h in S; a column is one chain in the order of time, whatever the number of threads.
+// Source: Espeholt et al. (2018), eq. 1 and remark 1; λ as in their section 4.1's generalisation; truncation is ours.
 
 #include "../math/exp.h"
 #include "../math/returns.h"

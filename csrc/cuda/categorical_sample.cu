@@ -1,12 +1,12 @@
 // Sampling of one-hot groups on CUDA, and its straight-through gradient. See pywm/ops/categorical_sample.py.
 //
-// What      Softmax with a share of uniform probability, inverse CDF with one uniform number, one-hot and index.
-// Layout    M groups of K classes, contiguous.
-// Mapping   A warp a group, a lane a class and those 32 further; a grid-stride loop. Not measured yet.
-// Cost      Reads the logits (again from L1) and writes the one-hot: bandwidth-bound for many groups.
-// Numerics  Formulas of math/ in S. The CDF is summed one class after the other, by every lane alike, as on the CPU:
+// What:     Softmax with a share of uniform probability, inverse CDF with one uniform number, one-hot and index.
+// Layout:   M groups of K classes, contiguous.
+// Mapping:  A warp a group, a lane a class and those 32 further; a grid-stride loop. Not measured yet.
+// Cost:     Reads the logits (again from L1) and writes the one-hot: bandwidth-bound for many groups.
+// Numerics: Formulas of math/ in S. The CDF is summed one class after the other, by every lane alike, as on the CPU:
 //           the same probabilities give the same sample. No atomics.
-// Source    Hafner et al. 2023; the gradient: Bengio et al. 2013.
+// Source:   Hafner et al. 2023; the gradient: Bengio et al. 2013.
 
 #include "../math/categorical.h"
 #include "../ops.h"

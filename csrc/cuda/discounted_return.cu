@@ -1,10 +1,11 @@
 // Discounted returns on CUDA. See pywm/ops/discounted_return.py for the definition.
 //
-// What      R[t] = r[t] + d[t]·R[t+1], backwards in time, R[T] the bootstrap; its adjoint, forwards.
-// Layout    all [T, N] contiguous, time-major; bootstrap [N].
-// Mapping   scan.cuh.
-// Cost      forward: 2 arrays read, 1 written; backward: 3 read, up to 2 written.
-// Numerics  math/returns.h, as on the CPU; equal to it within rounding, for the compiler may fuse multiply-adds.
+// What:     R[t] = r[t] + d[t]·R[t+1], backwards in time, R[T] the bootstrap; its adjoint, forwards.
+// Layout:   all [T, N] contiguous, time-major; bootstrap [N].
+// Mapping:  scan.cuh.
+// Cost:     forward: 2 arrays read, 1 written; backward: 3 read, up to 2 written.
+// Numerics: math/returns.h, as on the CPU; equal to it within rounding, for the compiler may fuse multiply-adds.
+// Source:   Sutton and Barto 2018, eq. 3.8.
 
 #include "../math/returns.h"
 #include "../ops.h"

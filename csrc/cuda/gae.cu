@@ -1,11 +1,11 @@
 // Generalised advantage estimation on CUDA. See pywm/ops/gae.py for the definition.
 //
-// What      advantage[t] = δ[t] + γλ·(1 - done[t])·advantage[t+1], backwards in time; its adjoint, forwards.
-// Layout    all [T, N] contiguous, time-major.
-// Mapping   scan.cuh.
-// Cost      forward: 3 arrays and 2 masks (3 with `valid`) read, 2 arrays written; backward: up to 2 read, 3 written.
-// Numerics  math/returns.h, as on the CPU; equal to it within rounding, for the compiler may fuse multiply-adds.
-// Source    Schulman et al. 2016, eq. 16; terminated and truncated as in Pardo et al. 2018.
+// What:     advantage[t] = δ[t] + γλ·(1 - done[t])·advantage[t+1], backwards in time; its adjoint, forwards.
+// Layout:   all [T, N] contiguous, time-major.
+// Mapping:  scan.cuh.
+// Cost:     forward: 3 arrays and 2 masks (3 with `valid`) read, 2 arrays written; backward: up to 2 read, 3 written.
+// Numerics: math/returns.h, as on the CPU; equal to it within rounding, for the compiler may fuse multiply-adds.
+// Source:   Schulman et al. 2016, eq. 16; terminated and truncated as in Pardo et al. 2018.
 
 #include "../math/returns.h"
 #include "../ops.h"

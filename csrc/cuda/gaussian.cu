@@ -1,11 +1,11 @@
 // Gaussian latent states on CUDA: reparameterised samples and KL divergence. See pywm/ops/gaussian.py.
 //
-// What      sample and std of every part, and their gradients; KL of every row, summed over its parts, and its four.
-// Layout    [P], or M rows of Z parts, contiguous.
-// Mapping   A thread a part in a grid-stride loop; for the divergence, a warp a row. Not measured yet.
-// Cost      Reads and writes every number once: bandwidth-bound for many rows.
-// Numerics  Formulas of math/ in S; sums over parts in a fixed order, no atomics.
-// Source    Hafner et al. 2019; Kullback and Leibler 1951.
+// What:     sample and std of every part, and their gradients; KL of every row, summed over its parts, and its four.
+// Layout:   [P], or M rows of Z parts, contiguous.
+// Mapping:  A thread a part in a grid-stride loop; for the divergence, a warp a row. Not measured yet.
+// Cost:     Reads and writes every number once: bandwidth-bound for many rows.
+// Numerics: Formulas of math/ in S; sums over parts in a fixed order, no atomics.
+// Source:   Hafner et al. 2019; Kullback and Leibler 1951.
 
 #include "../math/gaussian.h"
 #include "../ops.h"

@@ -1,12 +1,12 @@
 // Gates of recurrent cells on CUDA. See pywm/ops/gru_gates.py.
 //
-// What      The next state from the gates' pre-activations and the state; backward, the gradients of all of them.
-// Layout    M rows; the gates of a row lie side by side, D each. For the block-diagonal cell a block is a row.
-// Mapping   A warp a row below kWideRow numbers, from there on blocks, several of them where rows are few; a thread an
+// What:     The next state from the gates' pre-activations and the state; backward, the gradients of all of them.
+// Layout:   M rows; the gates of a row lie side by side, D each. For the block-diagonal cell a block is a row.
+// Mapping:  A warp a row below kWideRow numbers, from there on blocks, several of them where rows are few; a thread an
 //           element of the state. With LayerNorm as norm_act.cu: one block a row. Predictions, not measured yet.
-// Cost      Every array is read and written once; with LayerNorm again from the caches.
-// Numerics  math/gru.h and math/norm.h in S; no atomics, the same result in every run.
-// Source    Hafner et al. 2021, 2025; Cho et al. 2014.
+// Cost:     Every array is read and written once; with LayerNorm again from the caches.
+// Numerics: math/gru.h and math/norm.h in S; no atomics, the same result in every run.
+// Source:   Hafner et al. 2021, 2025; Cho et al. 2014.
 
 #include "../math/gru.h"
 #include "../ops.h"

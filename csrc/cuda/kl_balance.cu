@@ -1,12 +1,12 @@
 // KL divergence of groups of categoricals on CUDA, forward and backward. See pywm/ops/kl_balance.py.
 //
-// What      Forward: the divergence of every row, summed over its groups, and free nats. Backward: both gradients, from
+// What:     Forward: the divergence of every row, summed over its groups, and free nats. Backward: both gradients, from
 //           the logits again, zero in rows whose nats are free.
-// Layout    M rows of G groups of K classes, contiguous.
-// Mapping   Forward: a block a row, a warp a group. Backward: a warp a group. Not measured yet.
-// Cost      Reads the logits twice, the second time from L1, and writes the gradients: bandwidth-bound for many rows.
-// Numerics  Formulas of math/ in S; the sum over groups in double, in a fixed order. No atomics.
-// Source    Hafner et al. 2021 and 2023.
+// Layout:   M rows of G groups of K classes, contiguous.
+// Mapping:  Forward: a block a row, a warp a group. Backward: a warp a group. Not measured yet.
+// Cost:     Reads the logits twice, the second time from L1, and writes the gradients: bandwidth-bound for many rows.
+// Numerics: Formulas of math/ in S; the sum over groups in double, in a fixed order. No atomics.
+// Source:   Hafner et al. 2021 and 2023.
 
 #include "../math/categorical.h"
 #include "../ops.h"

@@ -1,12 +1,12 @@
 // λ-returns on CUDA. See pywm/ops/lambda_return.py for the definition.
 //
-// What      R[t] = r[t] + d[t]·[(1-λ)·V'[t] + λ·R[t+1]], backwards in time, where R[t+1] is V'[t] in the last row and
+// What:     R[t] = r[t] + d[t]·[(1-λ)·V'[t] + λ·R[t+1]], backwards in time, where R[t+1] is V'[t] in the last row and
 //           before an invalid one; its adjoint, forwards.
-// Layout    all [T, N] contiguous, time-major; λ a number or [T, N].
-// Mapping   scan.cuh.
-// Cost      forward: 3 arrays read (and λ, and `valid` twice), 1 written; backward: 4 read, up to 3 written.
-// Numerics  math/returns.h, as on the CPU; equal to it within rounding, for the compiler may fuse multiply-adds.
-// Source    Sutton & Barto 2018, eq. 12.18, with discounts per step.
+// Layout:   all [T, N] contiguous, time-major; λ a number or [T, N].
+// Mapping:  scan.cuh.
+// Cost:     forward: 3 arrays read (and λ, and `valid` twice), 1 written; backward: 4 read, up to 3 written.
+// Numerics: math/returns.h, as on the CPU; equal to it within rounding, for the compiler may fuse multiply-adds.
+// Source:   Sutton & Barto 2018, eq. 12.18, with discounts per step.
 
 #include "../math/returns.h"
 #include "../ops.h"

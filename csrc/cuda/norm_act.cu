@@ -1,14 +1,13 @@
 // Normalisation with an activation on CUDA. See pywm/ops/norm_act.py.
 //
-// What      y = f(scale·x̂ + shift); backward, the gradients of x, scale and shift.
-// Layout    M rows of D, contiguous; scale, shift [turns, D], row m's at m % turns.
-// Mapping   A warp a row below kWideRow numbers, a block from there on. Backward, every such team of threads adds up
-// the
-//           gradients of scale and shift over its rows, in its part of `partial`, a thread its own columns; a second
-//           kernel adds the teams. Predictions, not measured yet.
-// Cost      A row is read two or three times forward, four backward, all but the first from the caches.
-// Numerics  math/norm.h in S; sums in a fixed order for given M and D: no atomics, the same result in every run.
-// Source    Zhang and Sennrich 2019; Ba et al. 2016.
+// What:     y = f(scale·x̂ + shift); backward, the gradients of x, scale and shift.
+// Layout:   M rows of D, contiguous; scale, shift [turns, D], row m's at m % turns.
+// Mapping:  A warp a row below kWideRow numbers, a block from there on. Backward, every such team of threads adds up
+//           the gradients of scale and shift over its rows, in its part of `partial`, a thread its own columns; a
+//           second kernel adds the teams. Predictions, not measured yet.
+// Cost:     A row is read two or three times forward, four backward, all but the first from the caches.
+// Numerics: math/norm.h in S; sums in a fixed order for given M and D: no atomics, the same result in every run.
+// Source:   Zhang and Sennrich 2019; Ba et al. 2016.
 
 #include "../math/activations.h"
 #include "../ops.h"

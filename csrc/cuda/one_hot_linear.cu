@@ -1,16 +1,15 @@
 // The linear layer of one-hot vectors on CUDA. See pywm/ops/one_hot_linear.py.
 //
-// What      y[m] = bias + the sum of `groups` columns of weight; backward, the gradients of weight and bias.
-// Layout    weight [U, groups·classes], whose columns are far apart in memory; index [M, groups].
-// Mapping   Tiles of kTile outputs and kTile classes of one group pass through shared memory, where a lane has the row
-// of
-//           its output to itself. Forward, a block has kTile outputs and kRows rows of y and goes over all groups;
+// What:     y[m] = bias + the sum of `groups` columns of weight; backward, the gradients of weight and bias.
+// Layout:   weight [U, groups·classes], whose columns are far apart in memory; index [M, groups].
+// Mapping:  Tiles of kTile outputs and kTile classes of one group pass through shared memory, where a lane has the row
+//           of its output to itself. Forward, a block has kTile outputs and kRows rows of y and goes over all groups;
 //           backward, a block has one tile of the weight's gradient, and its warps share the rows. Predictions, not
 //           measured yet.
-// Cost      weight is read once for every kRows rows; backward, grad once for every tile of classes.
-// Numerics  sums in S, in a fixed order: no atomics, the same result in every run. An index that is no class counts as
-// the
-//           last one, for no error can be raised without waiting for the device.
+// Cost:     weight is read once for every kRows rows; backward, grad once for every tile of classes.
+// Numerics: sums in S, in a fixed order: no atomics, the same result in every run. An index that is no class counts as
+//           the last one, for no error can be raised without waiting for the device.
+// Source:   Its definition, a linear layer of one-hot vectors without the products with 0; from no paper.
 
 #include "../ops.h"
 #include "rows.cuh"

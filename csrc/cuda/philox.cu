@@ -1,11 +1,11 @@
 // Random numbers by counting on CUDA. See pywm/ops/philox.py for the definition.
 //
-// What      Fills [T, N, slots] with uniform or normal numbers.
-// Layout    Contiguous, a row (t, n) after the other.
-// Mapping   A thread a counter, that is four neighbouring slots of a row; a grid-stride loop. Not measured yet.
-// Cost      Writes every number once: bandwidth, or 10 rounds of two 32-bit multiplications for four numbers.
-// Numerics  The same words as on the CPU; uniforms equal to the bit, normals to rounding.
-// Source    Salmon et al. 2011.
+// What:     Fills [T, N, slots] with uniform or normal numbers.
+// Layout:   Contiguous, a row (t, n) after the other.
+// Mapping:  A thread a counter, that is four neighbouring slots of a row; a grid-stride loop. Not measured yet.
+// Cost:     Writes every number once: bandwidth, or 10 rounds of two 32-bit multiplications for four numbers.
+// Numerics: The same words as on the CPU; uniforms equal to the bit, normals to rounding.
+// Source:   Salmon et al. 2011.
 
 #include "../math/philox.h"
 #include "../ops.h"

@@ -1,20 +1,17 @@
 // PPO's loss, statistics and gradients on CUDA. See pywm/ops/ppo_loss.py for the definition.
 //
-// What      Three kernels. Moments: number of valid rows, mean and squared deviations of the advantage, a partial
-// result a
-//           block (left out where nothing needs them). Rows: the loss of every row and its gradients, and partial sums
-//           of the statistics. Finish: adds the partial sums up.
-// Layout    M rows, contiguous: logits [M, width] in G groups, or mean, action and log_std [M, A].
-// Mapping   Rows: 1, 8 or 32 lanes share a row, by the number of classes or action parts; a block takes 256 / lanes
-// rows
-//           at a time, at most kMaxBlocks blocks share all rows. Predictions, not measured yet.
-// Cost      Reads every input once from memory (logits up to four times, from L1) and writes the gradients: bandwidth-
+// What:     Three kernels. Moments: number of valid rows, mean and squared deviations of the advantage, a partial
+//           result a block (left out where nothing needs them). Rows: the loss of every row and its gradients, and
+//           partial sums of the statistics. Finish: adds the partial sums up.
+// Layout:   M rows, contiguous: logits [M, width] in G groups, or mean, action and log_std [M, A].
+// Mapping:  Rows: 1, 8 or 32 lanes share a row, by the number of classes or action parts; a block takes 256 / lanes
+//           rows at a time, at most kMaxBlocks blocks share all rows. Predictions, not measured yet.
+// Cost:     Reads every input once from memory (logits up to four times, from L1) and writes the gradients: bandwidth-
 //           bound above some 10^5 rows, below that the three launches.
-// Numerics  Formulas of math/ in S; sums over rows in double, in a fixed order for a given M: no atomics, the same
-// result
-//           in every run. An action that is no class gives NaN, for no error can be raised without waiting for the
-//           device.
-// Source    Schulman et al. 2017, eq. 7 and 9.
+// Numerics: Formulas of math/ in S; sums over rows in double, in a fixed order for a given M: no atomics, the same
+//           result in every run. An action that is no class gives NaN, for no error can be raised without waiting for
+//           the device.
+// Source:   Schulman et al. 2017, eq. 7 and 9.
 
 #include "../math/distributions.h"
 #include "../math/ppo.h"

@@ -1,14 +1,13 @@
 // Where a step of a scan made of products and row kernels begins, on CUDA. See pywm/ops/rssm_products.py.
 //
-// What      h = deter and u = add + stoch_in's product with the sample before, both zeroed where an episode begins;
+// What:     h = deter and u = add + stoch_in's product with the sample before, both zeroed where an episode begins;
 //           backward, the gradients of the logits and of deter from outside and from the step behind.
-// Layout    ops.h; a row a state. The gathered weight lies with a class's numbers side by side.
-// Mapping   Forward, a thread a column of h or u, a block some rows of 256 columns: gathered rows are read side by
-// side.
-//           Backward, a warp a group of classes, or 32 columns of deter. Predictions, not measured yet.
-// Cost      One launch where there would be a mask, a gather and a sum; bound by latency for few rows.
-// Numerics  Formulas of math/ in S; a group's columns are added in their order, as on the CPU. No atomics.
-// Source    Hafner et al. 2023; the gradient of the samples: Bengio et al. 2013.
+// Layout:   ops.h; a row a state. The gathered weight lies with a class's numbers side by side.
+// Mapping:  Forward, a thread a column of h or u, a block some rows of 256 columns: gathered rows are read side by
+//           side. Backward, a warp a group of classes, or 32 columns of deter. Predictions, not measured yet.
+// Cost:     One launch where there would be a mask, a gather and a sum; bound by latency for few rows.
+// Numerics: Formulas of math/ in S; a group's columns are added in their order, as on the CPU. No atomics.
+// Source:   Hafner et al. 2023; the gradient of the samples: Bengio et al. 2013.
 
 #include "../math/categorical.h"
 #include "../ops.h"

@@ -1,6 +1,6 @@
 // A chain along time for every column of [T, N] arrays, x ← step(row, x), backwards or forwards in time.
 //
-// What      A scan is a struct of pointers and formulas, passed to the kernel by value:
+// What:     A scan is a struct of pointers and formulas, passed to the kernel by value:
 //             Value, Row                 the type of x; the inputs of one element, in registers
 //             kReverse                   whether the chain starts at the last row
 //             load(t, i), start(n)       the row at flat index i = t·N + n; x before the first row of the chain
@@ -8,17 +8,17 @@
 //             decay(row), cuts(row)      ∂step/∂x; whether the step ignores x altogether, NaN included
 //             store(i, row, before, after)   what a row leaves behind: x before and after its step
 //             finish(n, x)               x after the last row
-// Layout    [T, N] contiguous, time-major: neighbouring threads read neighbouring columns.
-// Mapping   Wide arrays: one thread a column. Narrow ones do not fill the device that way, so time is cut into chunks,
+// Layout:   [T, N] contiguous, time-major: neighbouring threads read neighbouring columns.
+// Mapping:  Wide arrays: one thread a column. Narrow ones do not fill the device that way, so time is cut into chunks,
 //           one thread a column and chunk. Each chunk first finds its affine map x ↦ B + A·x by running from x = 0;
 //           composing the maps of the chunks before it gives each its x; then it runs again and stores. Chunks of
 //           kRowsAhead rows keep them in registers between the two runs, longer ones read them again, from L1 or L2.
 //           Columns and chunks of a block are chosen by scan_shape(); its constants are predictions, not measured yet.
-// Cost      Wide: bandwidth-bound, every input and output once. Narrow: the launch, twice T / chunks dependent steps,
+// Cost:     Wide: bandwidth-bound, every input and output once. Narrow: the launch, twice T / chunks dependent steps,
 //           and up to `chunks` multiply-adds.
-// Registers At most 128, no spills (nvcc 13.0, sm_80 to sm_120).
-// Numerics  Chunked results differ from serial ones in rounding only, and not from run to run: no atomics.
-// Source    Blelloch 1990, "Prefix sums and their applications", section 1.4, on composing first-order recurrences.
+// Registers: at most 128, no spills (nvcc 13.0, sm_80 to sm_120).
+// Numerics: Chunked results differ from serial ones in rounding only, and not from run to run: no atomics.
+// Source:   Blelloch 1990, "Prefix sums and their applications", section 1.4, on composing first-order recurrences.
 #pragma once
 
 #include "device.cuh"

@@ -1,11 +1,11 @@
 // Two-hot regression on CUDA: the loss and the mean of a row of bins. See pywm/ops/symexp_twohot.py.
 //
-// What      Loss and mean of every row, and their gradients from the logits again.
-// Layout    M rows of B logits, contiguous; target, loss, mean [M].
-// Mapping   A warp a row; every block makes a table of the bins first, in shared memory. Not measured yet.
-// Cost      Reads the logits twice, the second time from L1, and writes the gradient: bandwidth-bound for many rows.
-// Numerics  Formulas of math/ in S. The mean adds bins of opposite sign first: equal logits give exactly 0. No atomics.
-// Source    Hafner et al. 2023, eq. 8 to 10.
+// What:     Loss and mean of every row, and their gradients from the logits again.
+// Layout:   M rows of B logits, contiguous; target, loss, mean [M].
+// Mapping:  A warp a row; every block makes a table of the bins first, in shared memory. Not measured yet.
+// Cost:     Reads the logits twice, the second time from L1, and writes the gradient: bandwidth-bound for many rows.
+// Numerics: Formulas of math/ in S. The mean adds bins of opposite sign first: equal logits give exactly 0. No atomics.
+// Source:   Hafner et al. 2023, eq. 8 to 10.
 
 #include "../math/twohot.h"
 #include "../ops.h"

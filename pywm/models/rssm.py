@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -11,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pywm.nn.layer import Parts, trunc_normal_
+from pywm.ops import _check, _rssm_check
 from pywm.ops.gaussian import gaussian_kl
 from pywm.ops.imagine import Imagined, imagine
 from pywm.ops.kl_balance import kl_balance
@@ -62,28 +63,6 @@ class KL(NamedTuple):
     representation: Tensor
 
 
-class _Parts(nn.Module):
-    """The parameters of one layer, under the names of :class:`Layer`."""
-
-    def __init__(self, shape: tuple[int, ...], out: int, bias: bool, norm: str) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
-        self.bias = nn.Parameter(torch.zeros(out)) if bias else None
-        self.scale = nn.Parameter(torch.ones(out)) if norm != "none" else None
-        self.shift = nn.Parameter(torch.zeros(out)) if norm == "layer" else None
-
-    def layer(self) -> Layer:
-        """Return the parameters as the ops take them."""
-        # Not self.weight: a module's attributes are found by a search that takes longer than a small network's arithmetic.
-        return Layer(**self._parameters)  # type: ignore[arg-type]
-
-
-def _trunc_normal(weight: Tensor, fan_in: int, scale: float, generator: torch.Generator | None) -> None:
-    with torch.no_grad():
-        nn.init.trunc_normal_(weight, std=1.0, a=-2.0, b=2.0, generator=generator)
-        weight.mul_(1.1368 * scale / math.sqrt(fan_in))
-
-
 class RSSM(nn.Module):
     """A recurrent state-space model.
 
@@ -105,11 +84,11 @@ class RSSM(nn.Module):
         self.config = c = config
         D, H, Z, A, E, G = c.deter, c.hidden, c.stoch_width, c.action, c.embed, c.blocks
 
-        def dense(outputs: int, inputs: int, norm: str = c.norm) -> _Parts:
-            return _Parts((outputs, inputs), outputs, True, norm)
+        def dense(outputs: int, inputs: int, norm: str = c.norm) -> Parts:
+            return Parts((outputs, inputs), outputs, True, norm)
 
-        def block(outputs: int, inputs: int, norm: str) -> _Parts:
-            return _Parts((G, outputs // G, inputs), outputs, True, norm)
+        def block(outputs: int, inputs: int, norm: str) -> Parts:
+            return Parts((G, outputs // G, inputs), outputs, True, norm)
 
         if c.cell == "block_gru":
             self.deter_in = dense(H, D)
@@ -132,9 +111,9 @@ class RSSM(nn.Module):
         self.prior.append(dense(c.stats_width, H, "none"))
         self.posterior = nn.ModuleList([dense(H, D + E), dense(c.stats_width, H, "none")])
         for part in self.modules():
-            if isinstance(part, _Parts):
+            if isinstance(part, Parts):
                 inputs = part.weight.shape[-1] * (part.weight.shape[0] if part.weight.ndim == 3 else 1)
-                _trunc_normal(part.weight, inputs, 1.0, generator)
+                trunc_normal_(part.weight, inputs, 1.0, generator)
         if c.cell == "gru_block":
             assert self.gates.bias is not None
             nn.init.ones_(self.gates.bias)
@@ -145,7 +124,7 @@ class RSSM(nn.Module):
 
         def layer(name: str) -> Layer | None:
             part = parts.get(name)
-            return part.layer() if isinstance(part, _Parts) else None
+            return part.layer() if isinstance(part, Parts) else None
 
         def layers(name: str) -> tuple[Layer, ...]:
             return tuple(part.layer() for part in parts[name])  # type: ignore[union-attr]
@@ -170,7 +149,12 @@ class RSSM(nn.Module):
 
         Args:
             N: number of sequences.
+
+        Raises:
+            TypeError: N is no int.
+            ValueError: N is negative or huge.
         """
+        N = _check.integer("RSSM.initial", "N", N, 0, 2**31 - 1)
         c, like = self.config, self.gates.weight
         stoch = (N, c.stoch) if c.is_gaussian else (N, c.stoch, c.classes)
         return RSSMState(like.new_zeros(N, c.deter), like.new_zeros(stoch))
@@ -189,7 +173,7 @@ class RSSM(nn.Module):
     ) -> Observed:
         """Filter a window; see :func:`pywm.rssm_observe`. Without a state it begins at zeros."""
         if state is None:
-            state = self.initial(embed.shape[1])
+            state = self.initial(_rssm_check.embeddings("rssm_observe", embed, self.config).shape[1])
         return rssm_observe(self.params(), embed, prev_action, is_first, state, **options)
 
     def imagine(
@@ -213,6 +197,7 @@ class RSSM(nn.Module):
             Hafner et al. (2023), eq. 5.
         """
         if isinstance(posterior, Gaussian):
+            free_nats = _check.number("kl", "free_nats", free_nats)
             if not isinstance(prior, Gaussian):
                 raise TypeError(f"kl: prior is a {type(prior).__name__}, but a Gaussian was expected")
             q, p = posterior, prior

@@ -47,12 +47,13 @@ class Encoder(nn.Module):
         )
         only = self.vector_keys[0] if len(vectors) == 1 and not images else None
         self.passes = only if only is not None and len(vectors[only]) == 1 else None
+        self._single_numbers = frozenset(key for key, shape in vectors.items() if not len(shape))
         self.size = width * len(images) + sum(math.prod(shape) for shape in vectors.values())
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
         """Map ``key -> [B, ...]`` to float32 features ``[B, F]``."""
         parts = [cnn(obs[key]) for key, cnn in zip(self.image_keys, self.cnns, strict=True)]
         for key in self.vector_keys:
-            x = obs[key]
-            parts.append((x if x.dtype == torch.float32 else x.float()).flatten(1))
+            x = obs[key] if obs[key].dtype == torch.float32 else obs[key].float()
+            parts.append(x.unsqueeze(1) if key in self._single_numbers else x.flatten(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -16,8 +16,10 @@ from pywm.ops.gru_gates import (
 from pywm.ops.imagine import Imagined, imagine
 from pywm.ops.kl_balance import KLBalance, kl_balance
 from pywm.ops.lambda_return import lambda_return
+from pywm.ops.laprop_step import laprop_step_
 from pywm.ops.mlp import mlp
 from pywm.ops.norm_act import norm_act
+from pywm.ops.norm_mlp import norm_mlp
 from pywm.ops.one_hot_linear import one_hot_linear
 from pywm.ops.philox import philox_normal, philox_uniform
 from pywm.ops.ppo_loss import PPOLoss, PPOStats, ppo_loss
@@ -58,9 +60,11 @@ __all__ = [
     "imagine",
     "kl_balance",
     "lambda_return",
+    "laprop_step_",
     "layernorm_gru_gates",
     "mlp",
     "norm_act",
+    "norm_mlp",
     "one_hot_linear",
     "philox_normal",
     "philox_uniform",

@@ -192,3 +192,48 @@ def flag(function: str, name: str, x: object) -> bool:
     if not isinstance(x, bool):
         raise TypeError(f"{function}: {name} is a {type(x).__name__}, but a bool was expected")
     return x
+
+
+def step(function: str, x: object) -> int:
+    """Check the number of an optimiser's step, from 1 on."""
+    if isinstance(x, bool) or not isinstance(x, int | torch.SymInt):
+        raise TypeError(f"{function}: step is a {type(x).__name__}, but an int was expected")
+    if x < 1:
+        raise ValueError(f"{function}: step is {x}, but a number from 1 on was expected")
+    return x  # type: ignore[return-value]
+
+
+def decay(function: str, name: str, x: object) -> float:
+    """Check the decay of a running average, in [0, 1)."""
+    beta = number(function, name, x, high=1)
+    if beta == 1:
+        raise ValueError(f"{function}: {name} is {x}, but a number in [0, 1) was expected")
+    return beta
+
+
+def flat_buffers(function: str, *, param: object, grad: object, exp_avg: object, exp_avg_sq: object) -> None:
+    """Check an optimiser's buffers ``[P]``; all but the gradient are changed in place."""
+    first = tensor(function, "param", param, KERNEL_DTYPES)
+    if first.ndim != 1:
+        raise ValueError(f"{function}: param is {tuple(first.shape)}, but [P], one flat buffer, was expected")
+    for name, x in (("param", param), ("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        x = tensor(function, name, x, KERNEL_DTYPES)
+        if x.shape != first.shape:
+            raise ValueError(
+                f"{function}: {name} is {tuple(x.shape)}, but {tuple(first.shape)} was expected, the shape of param"
+            )
+        like(function, name, x, "param", first)
+        if name == "grad":
+            continue
+        # A tracer cannot ask for the lazy sign; what it traces has none.
+        lazy = not torch.compiler.is_compiling() and x.is_neg()
+        if not x.is_contiguous() or lazy:
+            raise ValueError(
+                f"{function}: {name} has strides {x.stride()}{' and a lazy sign' if lazy else ''}, but a plain "
+                "contiguous buffer was expected, for it is changed in place"
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{function}: {name} requires a gradient, but a buffer that autograd does not watch was expected; "
+                "call it under torch.no_grad()"
+            )

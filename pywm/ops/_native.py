@@ -114,6 +114,8 @@ def _is_whole(path: Path) -> bool:
 
 
 _C, why_not = _load()
+# Asked once, for torch.compile cannot trace the question.
+_has_bfloat16_instructions = _C is not None and _C.cpu_isa().endswith("bf16")
 _disabled = False
 
 
@@ -160,6 +162,11 @@ def let_products_work() -> None:
     """
     if _in_child and torch.get_num_threads() > 1:
         torch.set_num_threads(1)
+
+
+def has_bfloat16_instructions() -> bool:
+    """Whether the CPU's kernels multiply bfloat16 numbers by instructions made for it."""
+    return _has_bfloat16_instructions
 
 
 def supports(x: Tensor) -> bool:
@@ -252,9 +259,14 @@ def _of_device(device: str) -> Backend:
         return Backend("reference", "compiled kernels are disabled in this block")
     if device == "cpu":
         threads = _C.num_threads()
-        return Backend(
-            "cpu", f"compiled kernels, {_C.cpu_isa()}, {threads} thread{'s' if threads != 1 else ''}"
+        why = f"compiled kernels, {_C.cpu_isa()}, {threads} thread{'s' if threads != 1 else ''}"
+        # RSSMConfig.operands
+        without = (
+            ""
+            if has_bfloat16_instructions()
+            else "; without bfloat16 instructions: such operands stay float32"
         )
+        return Backend("cpu", why + without)
     if device != "cuda":
         return Backend("reference", f"no kernels for {device} devices")
     if not _C.has_cuda:

@@ -97,6 +97,26 @@ def is_traced(*tensors: Tensor | None) -> bool:
 _NOT_TWICE = "pywm.{name} is differentiable once, not twice; use pywm.ops.reference for second derivatives"
 
 
+def once(name: str, backward: Callable[..., Any], *inputs: Any) -> Any:
+    """Call a backward pass of op ``name`` that is no op of the dispatcher; its own derivative raises."""
+    return _Once.apply(name, backward, *inputs) if torch.is_grad_enabled() else backward(*inputs)  # type: ignore[no-untyped-call]
+
+
+class _Once(torch.autograd.Function):
+    """A backward pass that depends on its inputs, but nobody knows how."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, backward: Callable[..., Any], *inputs: Any) -> Any:
+        """Call it."""
+        ctx.name = name
+        return tuple(backward(*inputs))
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Any) -> Any:
+        """Refuse."""
+        raise RuntimeError(_NOT_TWICE.format(name=ctx.name))
+
+
 def empty_like(x: Tensor) -> Tensor:
     """Return an empty contiguous tensor of the shape of ``x``: what a kernel returns."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)

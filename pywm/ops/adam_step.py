@@ -65,13 +65,10 @@ def adam_step_(
         if norm is not None:
             torch.autograd.graph.increment_version((param, exp_avg, exp_avg_sq))
             return norm  # type: ignore[no-any-return]
-    _check_buffers(param, grad, exp_avg, exp_avg_sq)
-    if isinstance(step, bool) or not isinstance(step, int | torch.SymInt):
-        raise TypeError(f"adam_step_: step is a {type(step).__name__}, but an int was expected")
-    if step < 1:
-        raise ValueError(f"adam_step_: step is {step}, but a number from 1 on was expected")
+    _check.flat_buffers("adam_step_", param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    step = _check.step("adam_step_", step)
     lr = _check.number("adam_step_", "lr", lr, finite=True)
-    beta1, beta2 = _decay("beta1", beta1), _decay("beta2", beta2)
+    beta1, beta2 = _check.decay("adam_step_", "beta1", beta1), _check.decay("adam_step_", "beta2", beta2)
     eps = _check.number("adam_step_", "eps", eps, finite=True)
     if max_grad_norm is not None:
         max_grad_norm = _check.number("adam_step_", "max_grad_norm", max_grad_norm)
@@ -79,40 +76,6 @@ def adam_step_(
     if not (_native.supports(param) and param.device.type == "cpu"):
         return reference.adam_step_(*arguments)
     return torch.ops.pywm.adam_step_(*arguments)  # type: ignore[no-any-return]
-
-
-def _decay(name: str, x: object) -> float:
-    beta = _check.number("adam_step_", name, x, high=1)
-    if beta == 1:
-        raise ValueError(f"adam_step_: {name} is {x}, but a number in [0, 1) was expected")
-    return beta
-
-
-def _check_buffers(param: object, grad: object, exp_avg: object, exp_avg_sq: object) -> None:
-    first = _check.tensor("adam_step_", "param", param, _check.KERNEL_DTYPES)
-    if first.ndim != 1:
-        raise ValueError(f"adam_step_: param is {tuple(first.shape)}, but [P], one flat buffer, was expected")
-    for name, x in (("param", param), ("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        x = _check.tensor("adam_step_", name, x, _check.KERNEL_DTYPES)
-        if x.shape != first.shape:
-            raise ValueError(
-                f"adam_step_: {name} is {tuple(x.shape)}, but {tuple(first.shape)} was expected, the shape of param"
-            )
-        _check.like("adam_step_", name, x, "param", first)
-        if name == "grad":
-            continue
-        # A tracer cannot ask for the lazy sign; what it traces has none.
-        lazy = not torch.compiler.is_compiling() and x.is_neg()
-        if not x.is_contiguous() or lazy:
-            raise ValueError(
-                f"adam_step_: {name} has strides {x.stride()}{' and a lazy sign' if lazy else ''}, but a plain "
-                "contiguous buffer was expected, for it is changed in place"
-            )
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"adam_step_: {name} requires a gradient, but a buffer that autograd does not watch was expected; "
-                "call it under torch.no_grad()"
-            )
 
 
 def _fake(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, max_grad_norm):  # type: ignore[no-untyped-def]

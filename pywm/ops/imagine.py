@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from pywm.ops import _check, _native, _rssm_check, reference_rssm, rssm_products, rssm_scan
+from pywm.ops import (
+    _check,
+    _native,
+    _operands,
+    _rssm_check,
+    imagine_backward,
+    reference_rssm,
+    rssm_products,
+    rssm_scan,
+)
 from pywm.ops._registry import is_traced, is_transformed, plain, plain_optional, served
 from pywm.ops.cuda_graphs import graphs
 from pywm.ops.rssm_params import NORMS, POLICIES, Gaussian, Layer, Policy, RSSMParams, RSSMState
@@ -29,7 +37,7 @@ class Imagined(NamedTuple):
         prior: logits ``[H, N, S, K]`` of what row t + 1 was drawn from, or a :class:`Gaussian`.
         policy: ``[H, N, outputs]`` of the policy network, or None if it is a function.
         path: ``"kernel"`` if one compiled call did it all, ``"products"`` if torch's products and row kernels did (CUDA, in
-            one recorded graph from the third call on), ``"steps"`` if PyTorch went step by step.
+            one recorded graph from the second call on), ``"steps"`` if PyTorch went step by step.
     """
 
     deter: Tensor
@@ -61,9 +69,10 @@ def imagine(
 ) -> Imagined:
     r"""Imagine ``horizon`` steps from N starts: the policy acts on the state, the prior goes on from there.
 
-    One compiled call if the policy is a :class:`Policy` and nobody wants gradients (as in DreamerV3, whose policy gradient
-    goes through the actions' probabilities only). Otherwise PyTorch goes step by step, differentiable in the model, the
-    start and the policy; features reach the policy without gradient, as in all Dreamers.
+    One compiled call if the policy is a :class:`Policy`, and on the CPU one more for its gradient, through the dynamics
+    (as in DreamerV1; DreamerV3's goes through the actions' probabilities only). Otherwise PyTorch goes step by step. Either
+    way it is differentiable, by a kernel once, in the model, the policy, the start and ``force_action``; features reach the
+    policy without gradient, as in all Dreamers.
 
     Args:
         params: the model.
@@ -73,6 +82,7 @@ def imagine(
         noise: ``[H, N, S]`` uniforms in [0, 1), or normals for Gaussian latents; drawn if None, from torch's generator or
             by counting from a seed.
         action_noise: ``[H, N, groups]`` uniforms for categorical policies, ``[H, N, A]`` normals for others; likewise.
+            None if the policy is a function.
         seed: 64-bit key of :func:`pywm.ops.philox_uniform`, whose counter is (row, offset + t, 0 for states or 1 for
             actions): the same numbers on every device.
         offset: number of the first step.
@@ -91,9 +101,8 @@ def imagine(
     """
     function = "imagine"
     c = _rssm_check.model(function, params)
-    if not isinstance(state, tuple) or len(state) != 2:
-        raise TypeError(f"{function}: state is a {type(state).__name__}, but an RSSMState was expected")
-    if full := _rssm_check.full_precision(params, *state, noise, action_noise, force_action):
+    _rssm_check.pair(function, state)
+    if full := _rssm_check.full_precision(function, params, *state, noise, action_noise, force_action):
         deter, stoch, noise, action_noise, force_action = full
         options: dict[str, Any] = {
             "noise": noise,
@@ -110,15 +119,19 @@ def imagine(
             f"{function}: state.deter is {tuple(first.shape)}, but [N, D] = [N, {c.deter}] was expected"
         )
     _rssm_check.parameters(function, params, first)
+    params = rssm_scan.as_multiplied(params, first)
+    c = params.config
     N = first.shape[0]
-    if isinstance(horizon, bool) or not isinstance(horizon, int):
-        raise TypeError(f"{function}: horizon is a {type(horizon).__name__}, but an int was expected")
-    if horizon < 1:
-        raise ValueError(f"{function}: horizon is {horizon}, but at least 1 was expected")
+    horizon = _check.integer(function, "horizon", horizon, 1, 2**31 - 1)
     network = policy if isinstance(policy, Policy) else None
     if network is None and not callable(policy):
         raise TypeError(
             f"{function}: policy is a {type(policy).__name__}, but a Policy or a function was expected"
+        )
+    if network is None and action_noise is not None:
+        raise ValueError(
+            f"{function}: action_noise is a {type(action_noise).__name__}, but None was expected, as policy is a "
+            "function, which draws its own"
         )
     deter, stoch = _rssm_check.state(function, params, state, N, first)
     force = _rssm_check.force(function, force_stoch, (horizon, N, c.stoch), c, first)
@@ -144,13 +157,18 @@ def imagine(
             first,
             needed=force_action is None,
         )
-    if network is not None and _is_served(params, network, first, state[1], force_action):
+    if network is not None and _is_served(
+        params, network, first, state[1], force_action, noise, action_noise, force
+    ):
         return _kernel(
             params, network, deter, stoch, state[1], horizon, noise, action_noise, force, force_action
         )
+    if _native.supports(first):  # one step at a time, rounding weights takes longer than it saves
+        params = rssm_scan.in_float32(params)
     start = stoch if c.is_gaussian else stoch.unflatten(-1, (c.stoch, c.classes))
+    acting = network if network is not None else _checked(policy, (N, c.action), first)  # type: ignore[arg-type]
     rows = reference_rssm.imagine(
-        params, policy, deter, stoch, horizon, noise, action_noise, force, force_action
+        params, acting, deter, stoch, horizon, noise, action_noise, force, force_action
     )
     deters, stochs, indices, actions, priors, outputs = rows
     index = None
@@ -171,29 +189,54 @@ def _classes(stoch: Tensor) -> Tensor:
     return stoch.argmax(-1).to(torch.uint8)
 
 
+def _checked(
+    policy: Callable[[Tensor], Tensor], shape: tuple[int, int], first: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """The same function, whose actions are looked at."""
+
+    def act(feat: Tensor) -> Tensor:
+        return _rssm_check.floats("imagine", "policy's action", policy(feat), shape, first)
+
+    return act
+
+
 def _check_policy(function: str, policy: Policy, params: RSSMParams, first: Tensor) -> None:
     c = params.config
-    if policy.action != c.action:
-        raise ValueError(
-            f"{function}: the policy's actions are {policy.action} wide, but {c.action} were expected"
-        )
     width, last = c.feat, len(policy.layers) - 1
+    if policy.action != c.action:
+        outputs = c.action if policy.kind == "categorical" else 2 * c.action
+        raise ValueError(
+            f"{function}: policy.layers[{last}].weight is {tuple(policy.layers[last].weight.shape)}, but {outputs} "
+            f"outputs were expected, as the model's actions are {c.action} wide"
+        )
     for i, layer in enumerate(policy.layers):
         name = f"policy.layers[{i}]"
-        weight = layer.weight if isinstance(layer, Layer) else None
-        outputs = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else 0
+        weight = _check.tensor(function, f"{name}.weight", layer.weight)
+        if weight.ndim != 2 or weight.shape[0] < 1:
+            raise ValueError(
+                f"{function}: {name}.weight is {tuple(weight.shape)}, but [U, {width}] with U >= 1 was expected"
+            )
+        outputs = weight.shape[0]
         norm = "none" if i == last else policy.norm
         _rssm_check.one_layer(function, _rssm_check.Expected(name, (outputs, width), norm), layer, first)
         width = outputs
 
 
 def _tensors(params: RSSMParams, policy: Policy) -> list[Tensor]:
-    layers = [layer for _, layer in params.layers()] + list(policy.layers)
+    return _layers_tensors([layer for _, layer in params.layers()]) + _layers_tensors(policy.layers)
+
+
+def _layers_tensors(layers: Sequence[Layer]) -> list[Tensor]:
     return [x for layer in layers for x in layer if x is not None]
 
 
 def _is_served(
-    params: RSSMParams, policy: Policy, deter: Tensor, stoch: Tensor, action: Tensor | None
+    params: RSSMParams,
+    policy: Policy,
+    deter: Tensor,
+    stoch: Tensor,
+    action: Tensor | None,
+    *inputs: Tensor | None,
 ) -> bool:
     if not rssm_scan.is_served(deter, params.config) or deter.shape[0] == 0:
         return False
@@ -208,10 +251,14 @@ def _is_served(
     ):
         return False
     tensors = _tensors(params, policy)
-    if is_traced(deter, stoch, *tensors):
+    if is_traced(deter, stoch, action, *inputs, *tensors):
         return False
-    wanted = (deter, stoch, *tensors) if action is None else (deter, stoch, action, *tensors)
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in wanted))
+    # On CUDA, gradients go step by step.
+    return not (rssm_scan.by_products(deter) and _wants_gradients(deter, stoch, action, *tensors))
+
+
+def _wants_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _kernel(
@@ -229,6 +276,8 @@ def _kernel(
     _native.let_products_work()
     c = params.config
     N, D, Z = deter.shape[0], c.deter, c.stoch_width
+    start = deter, stoch
+    deter, stoch = plain(deter.detach()), plain(stoch.detach())
     tensors, present = rssm_scan.flat(params)
     scan = rssm_scan.Scan.of(c, present)
     layers = scan.layers([plain(x.detach()) for x in tensors])
@@ -279,19 +328,28 @@ def _kernel(
         None if action_in is None else (tuple(action_in),),
         prior,
         form,
-        functional.linear(stochs[0], layers["stoch_in"].weight[:, :Z]),
-        functional.linear(stochs[0], network[0][0][:, D:]),
+        _operands.linear(stochs[0], Layer(layers["stoch_in"].weight[:, :Z]), c.operands),
+        _operands.linear(stochs[0], Layer(network[0][0][:, D:]), c.operands),
         plain_optional(noise),
         plain_optional(action_noise),
         plain_optional(force),
-        plain_optional(force_action),
+        plain_optional(None if force_action is None else force_action.detach()),
         deters,
         stochs,
         index,
+        _wants_gradients(*_layers_tensors(policy.layers)),
     )
-    action, stats, outputs = served(result, "imagine")
-    shown = reference_rssm.distribution(stats, c)
-    return Imagined(deters, _rssm_check.shaped(stochs, c), index, action, shown, outputs, "kernel")
+    if result is None:
+        _rssm_check.refused("imagine", force, c)
+    *made, kept = served(result, "imagine")
+    rows = imagine_backward.Rows(deters, stochs, *made)
+    if _wants_gradients(*start, force_action, *_tensors(params, policy)):
+        rows = imagine_backward.differentiable(
+            params, policy, rows, kept, index, *start, noise, action_noise, force_action
+        )
+    shown = reference_rssm.distribution(rows.prior, c)
+    stochs = _rssm_check.shaped(rows.stoch, c)
+    return Imagined(rows.deter, stochs, index, rows.action, shown, rows.policy, "kernel")
 
 
 def _plain_layers(layers: Any) -> tuple[Any, ...]:

@@ -121,7 +121,8 @@ def _check_call(
             raise ValueError(f"mlp: {name} is {value!r}, but one of {', '.join(known)} was expected")
 
 
-def _rows(x: Tensor) -> Any:
+def row_count(x: Tensor) -> Any:
+    """Return how many rows ``[..., D]`` has; a tracer's sizes are no integers."""
     rows = 1
     for size in x.shape[:-1]:
         rows = rows * size
@@ -163,7 +164,7 @@ def _fake(x, weights, biases, activation, output_activation):  # type: ignore[no
     hidden = sum(w.shape[0] for w in weights[:-1])
     per_row = hidden * (2 if activation == "silu" else 1)
     per_row += weights[-1].shape[0] if output_activation == "silu" else 0
-    return x.new_empty((*x.shape[:-1], weights[-1].shape[0])), x.new_empty((_rows(x) * per_row,))
+    return x.new_empty((*x.shape[:-1], weights[-1].shape[0])), x.new_empty((row_count(x) * per_row,))
 
 
 def _forward(x, weights, biases, activation, output_activation):  # type: ignore[no-untyped-def]

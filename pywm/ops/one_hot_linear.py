@@ -58,7 +58,7 @@ def one_hot_linear(index: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         if result is not None:
             return result  # type: ignore[no-any-return]
     _check_call(index, weight, bias)
-    _check_classes(index, weight)
+    check_classes("one_hot_linear", index, weight.shape[1] // index.shape[-1], weight)
     if is_transformed() or not _native.supports(weight):
         return in_float32(_reference, weight, index, bias)  # type: ignore[no-any-return]
     return torch.ops.pywm.one_hot_linear(index, weight, bias)  # type: ignore[no-any-return]
@@ -84,18 +84,16 @@ def _check_call(index: object, weight: object, bias: object) -> None:
         _check.vector("one_hot_linear", "bias", bias, w.shape[0], "weight", w)
 
 
-def _check_classes(index: Tensor, weight: Tensor) -> None:
-    """Name an index that is no class, as the kernel does."""
-    if is_compiling() or is_traced(index, weight) or index.device.type != "cpu":
+def check_classes(function: str, index: Tensor, K: int, *others: Tensor) -> None:
+    """Name an index that is no class, as the kernels do."""
+    if is_compiling() or is_traced(index, *others) or index.device.type != "cpu":
         return  # nothing to look at, or nobody to wait for it
-    S = index.shape[-1]
-    K = weight.shape[1] // S
     bad = index.flatten() >= K if K <= 255 else torch.zeros(1, dtype=torch.bool)
     if bool(bad.any()):
         first = int(bad.nonzero()[0])
         raise ValueError(
-            f"one_hot_linear: index is {int(index.flatten()[first])} in row {first // S}, but 0 <= index < {K} was "
-            "expected"
+            f"{function}: index is {int(index.flatten()[first])} in row {first // index.shape[-1]}, but 0 <= index < {K} "
+            "was expected"
         )
 
 

@@ -2,12 +2,17 @@
 
 Written to be read, step by step and equation by equation. Differentiable by autograd, any float dtype, any device.
 Arguments were checked by the public functions in ``pywm.ops.rssm``.
+
+With ``operands="bfloat16"`` a product rounds what it multiplies to the nearest bfloat16, ties to even, and sums in float32.
+So do the two products of its gradient: the gradient that comes in is rounded, the other operand was, and what goes out is
+float32. Biases, and their gradients, are not rounded.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,14 +36,60 @@ def norm_act(x: Tensor, layer: Layer, config: RSSMConfig | Policy) -> Tensor:
     return acts[config.act](x) if config.act in acts else x
 
 
-def hidden_layer(x: Tensor, layer: Layer, config: RSSMConfig | Policy) -> Tensor:
+def rounded(x: Tensor) -> Tensor:
+    """``x`` rounded to bfloat16, in its own dtype; the gradient passes."""
+    return x + (x.to(torch.bfloat16).to(x.dtype) - x).detach()
+
+
+class _RoundGradient(torch.autograd.Function):
+    """The same tensor, whose gradient is rounded."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        """Return a copy."""
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is needed."""
+
+    @staticmethod
+    def backward(_: Any, grad: Tensor) -> Tensor:
+        """Round."""
+        return rounded(grad)
+
+    @staticmethod
+    def jvp(_: Any, tangent: Tensor) -> Tensor:
+        """Return a copy."""
+        return tangent.clone()
+
+
+def product(x: Tensor, weight: Tensor, operands: str, equation: str = "...i,oi->...o") -> Tensor:
+    """Multiply, with both operands rounded to bfloat16 if that is what ``operands`` says."""
+    if operands == "float32":
+        return torch.einsum(equation, x, weight)
+    result: Tensor = _RoundGradient.apply(torch.einsum(equation, rounded(x), rounded(weight)))  # type: ignore[no-untyped-call]
+    return result
+
+
+def linear(x: Tensor, layer: Layer, operands: str) -> Tensor:
+    """``x [..., in]`` times a weight ``[out, in]``, and the bias."""
+    if operands == "float32":
+        return functional.linear(x, layer.weight, layer.bias)
+    y = product(x, layer.weight, operands)
+    return y if layer.bias is None else y + layer.bias
+
+
+def hidden_layer(x: Tensor, layer: Layer, config: RSSMConfig | Policy, operands: str) -> Tensor:
     """A linear layer, its norm, its nonlinearity."""
-    return norm_act(functional.linear(x, layer.weight, layer.bias), layer, config)
+    return norm_act(linear(x, layer, operands), layer, config)
 
 
-def block_linear(x: Tensor, layer: Layer) -> Tensor:
+def block_linear(x: Tensor, layer: Layer, operands: str) -> Tensor:
     """``x [..., G, in/G]`` times a block-diagonal weight, with the blocks side by side ``[..., out]``."""
-    y = torch.einsum("...gi,goi->...go", x, layer.weight).flatten(-2)
+    y = product(x, layer.weight, operands, "...gi,goi->...go").flatten(-2)
     return y if layer.bias is None else y + layer.bias
 
 
@@ -67,40 +118,34 @@ def cell(params: RSSMParams, deter: Tensor, stoch: Tensor, action: Tensor) -> Te
         assert params.hidden is not None
         x = torch.cat(
             [
-                hidden_layer(deter, params.deter_in, c),
-                hidden_layer(stoch, params.stoch_in, c),
-                hidden_layer(bounded(action), params.action_in, c),
+                hidden_layer(deter, params.deter_in, c, c.operands),
+                hidden_layer(stoch, params.stoch_in, c, c.operands),
+                hidden_layer(bounded(action), params.action_in, c, c.operands),
             ],
             -1,
         )
         blocks = deter.unflatten(-1, (c.blocks, -1))
         inputs = torch.cat([blocks, x.unsqueeze(-2).expand(*x.shape[:-1], c.blocks, -1)], -1)
-        y = norm_act(block_linear(inputs, params.hidden), params.hidden, c)
-        gates = block_linear(y.unflatten(-1, (c.blocks, -1)), params.gates)
+        y = norm_act(block_linear(inputs, params.hidden, c.operands), params.hidden, c)
+        gates = block_linear(y.unflatten(-1, (c.blocks, -1)), params.gates, c.operands)
         reset, candidate, update = (g.flatten(-2) for g in gates.unflatten(-1, (c.blocks, -1)).chunk(3, -1))
         return _dreamer_gates(reset, candidate, update, deter)
-    x = hidden_layer(torch.cat([stoch, action], -1), params.stoch_in, c)
+    x = hidden_layer(torch.cat([stoch, action], -1), params.stoch_in, c, c.operands)
     both = torch.cat([x, deter], -1)
     if c.cell == "layernorm_gru":
-        pre = functional.linear(both, params.gates.weight, params.gates.bias)
+        pre = linear(both, params.gates, c.operands)
         pre = functional.layer_norm(pre, (3 * D,), params.gates.scale, params.gates.shift, c.cell_eps)
         reset, candidate, update = pre.chunk(3, -1)
         return _dreamer_gates(reset, candidate, update, deter)
     assert params.candidate is not None
     if c.cell == "gru":
-        reset_x, keep_x, candidate_x = functional.linear(x, params.gates.weight, params.gates.bias).chunk(
-            3, -1
-        )
-        reset_h, keep_h, candidate_h = functional.linear(
-            deter, params.candidate.weight, params.candidate.bias
-        ).chunk(3, -1)
+        reset_x, keep_x, candidate_x = linear(x, params.gates, c.operands).chunk(3, -1)
+        reset_h, keep_h, candidate_h = linear(deter, params.candidate, c.operands).chunk(3, -1)
         keep = torch.sigmoid(keep_x + keep_h)
         candidate = torch.tanh(candidate_x + torch.sigmoid(reset_x + reset_h) * candidate_h)
         return keep * deter + (1 - keep) * candidate
-    reset, keep = torch.sigmoid(functional.linear(both, params.gates.weight, params.gates.bias)).chunk(2, -1)
-    candidate = torch.tanh(
-        functional.linear(torch.cat([x, reset * deter], -1), params.candidate.weight, params.candidate.bias)
-    )
+    reset, keep = torch.sigmoid(linear(both, params.gates, c.operands)).chunk(2, -1)
+    candidate = torch.tanh(linear(torch.cat([x, reset * deter], -1), params.candidate, c.operands))
     return keep * deter + (1 - keep) * candidate
 
 
@@ -109,11 +154,11 @@ def _dreamer_gates(reset: Tensor, candidate: Tensor, update: Tensor, deter: Tens
     return update * torch.tanh(torch.sigmoid(reset) * candidate) + (1 - update) * deter
 
 
-def head(x: Tensor, layers: Sequence[Layer], config: RSSMConfig | Policy) -> Tensor:
+def head(x: Tensor, layers: Sequence[Layer], config: RSSMConfig | Policy, operands: str) -> Tensor:
     """Hidden layers and an output: what a sample is drawn from, ``[..., S·K]`` logits or ``[..., 2S]``."""
     for layer in layers[:-1]:
-        x = hidden_layer(x, layer, config)
-    return functional.linear(x, layers[-1].weight, layers[-1].bias)
+        x = hidden_layer(x, layer, config, operands)
+    return linear(x, layers[-1], operands)
 
 
 def distribution(stats: Tensor, config: RSSMConfig) -> Tensor | Gaussian:
@@ -180,9 +225,9 @@ def step(
         deter, stoch, action = (x.masked_fill(reset, 0) for x in (deter, stoch, action))
     deter = cell(params, deter, stoch, action)
     if embed is None:
-        stats = head(deter, params.prior, c)
+        stats = head(deter, params.prior, c, c.operands)
     else:
-        stats = head(torch.cat([deter, embed], -1), params.posterior, c)
+        stats = head(torch.cat([deter, embed], -1), params.posterior, c, c.operands)
     stoch, index = sample(stats, noise, force, c)
     return deter, stats, stoch, index
 
@@ -249,7 +294,7 @@ def imagine(
         feat = torch.cat([deter, stoch], -1)
         outputs = None
         if isinstance(policy, Policy):
-            outputs = head(feat.detach(), policy.layers, policy)
+            outputs = head(feat.detach(), policy.layers, policy, params.config.operands)
             if force_action is None:
                 assert action_noise is not None
                 action = act(policy, outputs, action_noise[t])

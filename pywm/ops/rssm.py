@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from pywm.ops import _check, _native, _rssm_check, reference_rssm, rssm_scan
+from pywm.ops import _check, _native, _operands, _rssm_check, reference_rssm, rssm_scan
 from pywm.ops._registry import is_transformed
 from pywm.ops.categorical_sample import categorical_sample
 from pywm.ops.gru_gates import (
@@ -28,6 +28,7 @@ from pywm.ops.norm_act import norm_act
 from pywm.ops.rssm_params import (
     Gaussian,
     Layer,
+    Policy,
     RSSMConfig,
     RSSMParams,
     RSSMState,
@@ -120,21 +121,26 @@ def rssm_step(
         Hafner et al. (2019), (2020), (2021), (2023).
     """
     function = "rssm_step"
-    if (acted := _act(params, state, prev_action, embed, is_first, noise, seed, force_stoch)) is not None:
+    if (
+        acted := _act(params, state, prev_action, embed, is_first, noise, seed, offset, force_stoch)
+    ) is not None:
         return acted
-    if (full := _rssm_check.full_precision(params, prev_action, embed, is_first, noise)) and len(state) == 2:
-        state = RSSMState(*_rssm_check.full_precision(params, *state))  # type: ignore[misc]
-        prev_action, embed, is_first, noise = full
+    c = _rssm_check.model(function, params)
+    _rssm_check.pair(function, state)
+    if full := _rssm_check.full_precision(function, params, prev_action, *state, embed, is_first, noise):
+        prev_action, deter, stoch, embed, is_first, noise = full
+        state = RSSMState(deter, stoch)
         options: dict[str, Any] = {"noise": noise, "seed": seed, "offset": offset, "force_stoch": force_stoch}
         with torch.autocast(prev_action.device.type, enabled=False):
             return rssm_step(params, state, prev_action, embed, is_first, **options)
-    c = _rssm_check.model(function, params)
     first = _check.tensor(function, "prev_action", prev_action)
     if first.ndim != 2 or first.shape[1] != c.action:
         raise ValueError(
             f"{function}: prev_action is {tuple(first.shape)}, but [N, A] = [N, {c.action}] was expected"
         )
     _rssm_check.parameters(function, params, first)
+    params = rssm_scan.in_float32(params)  # a step reads every weight once: rounding them would take longer
+    c = params.config
     N = first.shape[0]
     deter, stoch = _rssm_check.state(function, params, state, N, first)
     if embed is not None:
@@ -193,19 +199,18 @@ def rssm_observe(
         Hafner et al. (2019), (2020), (2021), (2023).
     """
     function = "rssm_observe"
-    if (full := _rssm_check.full_precision(params, embed, prev_action, is_first, noise)) and len(state) == 2:
-        state = RSSMState(*_rssm_check.full_precision(params, *state))  # type: ignore[misc]
-        embed, prev_action, is_first, noise = full
+    c = _rssm_check.model(function, params)
+    _rssm_check.pair(function, state)
+    if full := _rssm_check.full_precision(function, params, embed, *state, prev_action, is_first, noise):
+        embed, deter, stoch, prev_action, is_first, noise = full
+        state = RSSMState(deter, stoch)
         options: dict[str, Any] = {"noise": noise, "seed": seed, "offset": offset, "force_stoch": force_stoch}
         with torch.autocast(embed.device.type, enabled=False):
             return rssm_observe(params, embed, prev_action, is_first, state, **options)
-    c = _rssm_check.model(function, params)
-    first = _check.tensor(function, "embed", embed)
-    if first.ndim != 3 or first.shape[2] != c.embed or first.shape[0] < 1:
-        raise ValueError(
-            f"{function}: embed is {tuple(first.shape)}, but [T, N, E] = [T, N, {c.embed}] with T >= 1 was expected"
-        )
+    first = _rssm_check.embeddings(function, embed, c)
     _rssm_check.parameters(function, params, first)
+    params = rssm_scan.as_multiplied(params, first)
+    c = params.config
     T, N, _ = first.shape
     prev_action = _rssm_check.floats(function, "prev_action", prev_action, (T, N, c.action), first)
     reset = _rssm_check.mask(function, "is_first", is_first, (T, N), first)
@@ -228,6 +233,7 @@ def _act(
     is_first: Tensor | None,
     noise: Tensor | None,
     seed: int | None,
+    offset: int,
     force: Tensor | None,
 ) -> RSSMStep | None:
     """A step of a few states in one call, where it is plain and nobody wants gradients; else None, and no complaint."""
@@ -235,10 +241,18 @@ def _act(
         return None
     if type(params) is not RSSMParams or type(state) is not RSSMState or seed is not None:
         return None
+    if type(offset) is not int or not 0 <= offset < 2**32:
+        return None
     deter, stoch = state
     if type(deter) is not Tensor or deter.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
+    if noise is not None and type(noise) is not Tensor:
+        return None
     c = params.config
+    if not isinstance(c, RSSMConfig):
+        return None
+    if c.operands != "float32" and deter.dtype != torch.float32:
+        return None
     if force is not None and (noise is not None or type(force) is not Tensor or force.dtype != torch.uint8):
         return None
     draw: Any = noise
@@ -262,7 +276,8 @@ def _form(c: RSSMConfig) -> tuple[Any, ...]:
     return rssm_scan.Scan.of(c, 0).form()
 
 
-def _norm_act(x: Tensor, layer: Layer, c: RSSMConfig) -> Tensor:
+def activate(x: Tensor, layer: Layer, c: RSSMConfig | Policy) -> Tensor:
+    """The norm and the nonlinearity behind a hidden layer, fused."""
     if c.norm == "none":
         return reference_rssm.norm_act(x, layer, c)
     assert layer.scale is not None
@@ -270,14 +285,14 @@ def _norm_act(x: Tensor, layer: Layer, c: RSSMConfig) -> Tensor:
 
 
 def _hidden(x: Tensor, layer: Layer, c: RSSMConfig) -> Tensor:
-    return _norm_act(functional.linear(x, layer.weight, layer.bias), layer, c)
+    return activate(_operands.linear(x, layer, c.operands), layer, c)
 
 
 def _head(x: Tensor, layers: tuple[Layer, ...], c: RSSMConfig) -> Tensor:
     """A head as :func:`reference_rssm.head` defines it, with fused norms."""
     for layer in layers[:-1]:
         x = _hidden(x, layer, c)
-    return functional.linear(x, layers[-1].weight, layers[-1].bias)
+    return _operands.linear(x, layers[-1], c.operands)
 
 
 def _fused_step(
@@ -320,7 +335,7 @@ def _fused_cell(params: RSSMParams, deter: Tensor, stoch: Tensor, action: Tensor
         x = torch.cat([_hidden(deter, params.deter_in, c), _hidden(stoch, params.stoch_in, c), action], -1)
         blocks = deter.unflatten(-1, (c.blocks, -1)).transpose(0, 1)
         y = _blocks(torch.cat([blocks, x.expand(c.blocks, *x.shape)], -1), params.hidden)
-        y = _norm_act(y, params.hidden, c)
+        y = activate(y, params.hidden, c)
         pre = _blocks(y.unflatten(-1, (c.blocks, -1)).transpose(0, 1), params.gates)
         return block_gru_gates(pre, deter, blocks=c.blocks)
     x = _hidden(torch.cat([stoch, action], -1), params.stoch_in, c)

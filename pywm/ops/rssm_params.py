@@ -8,10 +8,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from pywm.ops import _check
+
 CELLS = ("block_gru", "layernorm_gru", "gru", "gru_block")
 NORMS = ("none", "rms", "layer")
 ACTIVATIONS = ("none", "silu", "elu", "relu")
 STDS = ("softplus", "sigmoid2")
+OPERANDS = ("float32", "bfloat16")
+_LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,15 @@ class RSSMConfig:
         prior_layers: hidden layers of the prior's head; the posterior's has one.
         std: how a Gaussian's standard deviation comes about: ``"softplus"`` or ``"sigmoid2"``, 2·sigmoid(x / 2).
         min_std: what is added to it.
+        operands: of matrix products in ``rssm_observe`` and ``imagine``, the policy's too: ``"float32"``, which leaves them
+            in the model's dtype, or ``"bfloat16"``, which rounds weights and activations, and gradients on their way back.
+            Everything else stays float32: tensors, the carried state, sums, norms, gates, softmax, losses. The model must
+            be float32. What would not be faster so stays float32: CPUs without bfloat16 instructions
+            (:func:`pywm.backend` says so), ``rssm_step``, and whatever PyTorch does step by step (see ``Imagined.path``; on
+            CUDA also models that are observed so).
 
     Raises:
+        TypeError: a field is of another type.
         ValueError: a field is out of range.
     """
 
@@ -57,26 +68,25 @@ class RSSMConfig:
     prior_layers: int = 2
     std: str = "softplus"
     min_std: float = 0.1
+    operands: str = "float32"
 
     def __post_init__(self) -> None:
         for name in ("deter", "hidden", "stoch", "embed", "action", "blocks", "prior_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"RSSMConfig: {name} is {getattr(self, name)}, but at least 1 was expected")
-        if not 0 <= self.classes <= 256 or self.classes == 1:
-            raise ValueError(
-                f"RSSMConfig: classes is {self.classes}, but 0 (Gaussian) or 2 to 256 was expected"
-            )
-        for name, known in (("cell", CELLS), ("norm", NORMS), ("act", ACTIVATIONS), ("std", STDS)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"RSSMConfig: {name} is {getattr(self, name)!r}, but one of {', '.join(known)} was expected"
-                )
+            _check.integer("RSSMConfig", name, getattr(self, name), 1, _LARGEST)
+        classes = _check.integer("RSSMConfig", "classes", self.classes, -_LARGEST, _LARGEST)
+        if not 0 <= classes <= 256 or classes == 1:
+            raise ValueError(f"RSSMConfig: classes is {classes}, but 0 (Gaussian) or 2 to 256 was expected")
+        fields = {"cell": CELLS, "norm": NORMS, "act": ACTIVATIONS, "std": STDS, "operands": OPERANDS}
+        for name, known in fields.items():
+            _check.choice("RSSMConfig", name, getattr(self, name), known)
+        for name in ("eps", "cell_eps"):
+            _check.number("RSSMConfig", name, getattr(self, name), exclusive_low=True, finite=True)
+        _check.number("RSSMConfig", "min_std", self.min_std, finite=True)
         if self.cell == "block_gru" and self.deter % self.blocks:
             raise ValueError(
                 f"RSSMConfig: deter is {self.deter}, but a multiple of blocks, {self.blocks}, was expected"
             )
-        if not 0 <= self.unimix < 1:
-            raise ValueError(f"RSSMConfig: unimix is {self.unimix}, but a number in [0, 1) was expected")
+        _check.number("RSSMConfig", "unimix", self.unimix, high=1, finite=True)
 
     @property
     def is_gaussian(self) -> bool:
@@ -201,6 +211,7 @@ class Policy:
         max_std: largest, of ``"normal"``.
 
     Raises:
+        TypeError: a field is of another type.
         ValueError: a field is out of range.
     """
 
@@ -216,20 +227,49 @@ class Policy:
 
     def __post_init__(self) -> None:
         for name, known in (("kind", POLICIES), ("norm", NORMS), ("act", ACTIVATIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"Policy: {name} is {getattr(self, name)!r}, but one of {', '.join(known)} was expected"
-                )
+            _check.choice("Policy", name, getattr(self, name), known)
+        _check.number("Policy", "eps", self.eps, exclusive_low=True, finite=True)
+        for name in ("min_std", "max_std"):
+            _check.number("Policy", name, getattr(self, name), finite=True)
+        if self.kind == "normal" and self.max_std < self.min_std:
+            raise ValueError(
+                f"Policy: max_std is {self.max_std}, but at least {self.min_std} was expected, as min_std is that"
+            )
+        _check.number("Policy", "unimix", self.unimix, high=1, finite=True)
+        if not isinstance(self.layers, tuple | list):
+            raise TypeError(
+                f"Policy: layers is a {type(self.layers).__name__}, but a tuple of Layers was expected"
+            )
         if len(self.layers) < 2:
             raise ValueError(
                 f"Policy: layers is a tuple of {len(self.layers)}, but a hidden layer and an output were expected"
             )
-        outputs = self.layers[-1].weight.shape[0]
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer, Layer):
+                raise TypeError(f"Policy: layers[{i}] is a {type(layer).__name__}, but a Layer was expected")
+        last = f"layers[{len(self.layers) - 1}].weight"
+        weight = _check.tensor("Policy", last, self.layers[-1].weight)
+        if weight.ndim != 2 or weight.shape[0] < 1:
+            raise ValueError(
+                f"Policy: {last} is {tuple(weight.shape)}, but [outputs, inputs] with outputs >= 1 was expected"
+            )
+        outputs = weight.shape[0]
         if self.kind != "categorical" and outputs % 2:
-            raise ValueError(f"Policy: the last layer has {outputs} outputs, but an even number was expected")
+            raise ValueError(
+                f"Policy: {last} is {tuple(weight.shape)}, but an even number of outputs was expected"
+            )
+        if not isinstance(self.classes, tuple | list):
+            raise TypeError(
+                f"Policy: classes is a {type(self.classes).__name__}, but a tuple of ints was expected"
+            )
+        if isinstance(self.classes, list):
+            object.__setattr__(self, "classes", tuple(self.classes))  # to be hashed
+        for i, classes in enumerate(self.classes):
+            _check.integer("Policy", f"classes[{i}]", classes, 1, _LARGEST)
         if self.kind == "categorical" and sum(self.groups) != outputs:
             raise ValueError(
-                f"Policy: classes is {self.classes}, but a sum of {outputs}, the outputs, was expected"
+                f"Policy: classes is {self.classes}, but a sum of {outputs}, the outputs, was expected, as {last} is "
+                f"{tuple(weight.shape)}"
             )
 
     @property

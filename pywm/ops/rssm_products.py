@@ -6,6 +6,9 @@ them write into memory that is there already, so that a whole window can be reco
 pre-activations, and the weights' gradients as one product each over all T·N rows, which ``rssm_scan`` makes for every
 backend.
 
+With bfloat16 operands a call begins with copies of all weights, and each product with one of its activations; both belong
+to what is recorded, so that they are made anew from the weights as they are.
+
 The cells with categorical latents and a norm: ``block_gru`` and ``layernorm_gru``. Any device: the CPU has a faster way,
 but runs this one in tests.
 """
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pywm.ops import _native, reference_rssm
+from pywm.ops._operands import cast, multiply
 from pywm.ops._registry import served
 from pywm.ops.rssm_params import Layer, Policy, RSSMConfig
 
@@ -123,10 +127,12 @@ def _together(layers: Sequence[Layer]) -> Layer:
 
 
 def _linear(x: Tensor, layer: Layer, out: Tensor) -> None:
-    if layer.bias is None:
-        torch.mm(x, layer.weight.t(), out=out)
-    else:
-        torch.addmm(layer.bias, x, layer.weight.t(), out=out)
+    multiply(x, layer.weight.t(), out, layer.bias)
+
+
+def _cast(layers: Sequence[Layer], operands: str) -> list[Layer]:
+    """Layers with weights in the dtype in which :func:`multiply` takes them."""
+    return [layer._replace(weight=cast(layer.weight, operands)) for layer in layers]
 
 
 def _blocks(x: Tensor, G: int) -> Tensor:
@@ -135,14 +141,16 @@ def _blocks(x: Tensor, G: int) -> Tensor:
 
 
 class _Cell:
-    """The parts of a cell's weights that meet in its products."""
+    """The parts of a cell's weights that meet in its products; ``layers`` have them as products take them."""
 
     def __init__(self, c: RSSMConfig, layers: dict[str, Layer], action: bool = False) -> None:
+        layers = dict(zip(layers, _cast(list(layers.values()), c.operands), strict=True))
         self.c, self.layers = c, layers
         self.block = c.cell == "block_gru"
         stoch_in = layers["stoch_in"]
         self.stoch_weight = stoch_in.weight[:, : c.stoch_width]
-        self.packed = self.stoch_weight.t().contiguous()  # a class's numbers side by side, to be gathered
+        # A class's numbers side by side, to be gathered.
+        self.packed = self.stoch_weight.t().to(stoch_in.scale.dtype).contiguous()  # type: ignore[union-attr]
         inputs = [stoch_in]
         if self.block:
             inputs = [layers["deter_in"], stoch_in, *([layers["action_in"]] if action else [])]
@@ -157,7 +165,7 @@ class _Cell:
         self.inputs = len(inputs)
         self.norms = _together(inputs)
         bias = stoch_in.bias
-        self.bias = bias if bias is not None else stoch_in.weight.new_zeros(c.hidden)
+        self.bias = bias if bias is not None else self.packed.new_zeros(c.hidden)
 
     def step(
         self,
@@ -175,23 +183,25 @@ class _Cell:
         ``add`` is what the first product of block_gru is added to; the rest is written.
         """
         c, layers, N = self.c, self.layers, len(h)
+        taken = cast(h, c.operands)
         if self.block:
-            _linear(h, layers["deter_in"], u[:, 0])
+            _linear(taken, layers["deter_in"], u[:, 0])
         rows.norm_act(u.view(-1, c.hidden), self.norms, c, x.view(-1, c.hidden))
         x = x.view(N, -1)
         if self.block:
-            torch.addmm(add, x, self.from_x.t(), out=cell1)
-            _blocks(cell1, c.blocks).baddbmm_(_blocks(h, c.blocks), self.from_deter.transpose(1, 2))
+            multiply(x, self.from_x.t(), cell1, add)
+            blocks = _blocks(cell1, c.blocks)
+            multiply(_blocks(taken, c.blocks), self.from_deter.transpose(1, 2), blocks, blocks)
             rows.norm_act(cell1, layers["hidden"], c, y)
             gates, inputs = layers["gates"], _blocks(y, c.blocks)
             bias = gates.bias.view(c.blocks, 1, -1)  # type: ignore[union-attr]
-            torch.baddbmm(bias, inputs, gates.weight.transpose(1, 2), out=_blocks(cell2, c.blocks))
+            multiply(inputs, gates.weight.transpose(1, 2), _blocks(cell2, c.blocks), bias)
             width = c.deter // c.blocks
             rows.block_gates(cell2.view(-1, 3 * width), h.view(-1, width), deter.view(-1, width))
         else:
             gates = layers["gates"]
             _linear(x, Layer(self.from_x, gates.bias), cell1)
-            cell1.addmm_(h, self.from_deter.t())
+            multiply(taken, self.from_deter.t(), cell1, cell1)
             rows.layernorm_gates(cell1, gates, c.cell_eps, h, deter)
 
 
@@ -236,14 +246,14 @@ def observe(
         index = force.clone()
         stochs.copy_(torch.nn.functional.one_hot(force.long(), K).flatten(2))
     h, x, y, head = new(N, D), new(N, cell.inputs, H), new(N, D), new(N, H)
-    posterior, out = layers["posterior"], layers["out"]
+    posterior, out = cell.layers["posterior"], cell.layers["out"]
     of_deter = posterior.weight[:, :D].t()
     for t in range(T):
         before, proj, classes = (deters[t - 1], None, index[t - 1]) if t else (deter0, stoch_proj, None)
         add = cell.bias if cell.block else action_proj[t]
         rows.enter(before, add, proj, cell.packed, classes, is_first[t], h, u[t, :, -1])
         cell.step(h, u[t], x, action_proj[t], cell1[t], y, cell2[t], deters[t])
-        torch.addmm(token_proj[t], deters[t], of_deter, out=o[t])
+        multiply(deters[t], of_deter, o[t], token_proj[t])
         rows.norm_act(o[t], posterior, c, head)
         _linear(head, out, stats[t])
         if force is None:
@@ -277,9 +287,9 @@ def observe_backward(
     T, N, D = deter.shape
     S, K, H = c.stoch, c.classes, c.hidden
     cell = _Cell(c, layers)
-    G = c.blocks
-    keep = (~is_first).unsqueeze(-1)
-    before = torch.cat([deter0.unsqueeze(0), deter[:-1]]).mul_(keep)
+    layers, G = cell.layers, c.blocks
+    reset = is_first.unsqueeze(-1)
+    before = torch.cat([deter0.unsqueeze(0), deter[:-1]]).masked_fill_(reset, 0)
     d_stats, d_u, d_cell1, d_cell2, d_o = (torch.empty_like(t) for t in (stats, u, cell1, cell2, o))
     grad_head, grad_x = torch.empty_like(o), torch.empty_like(u)
     grad_y = torch.empty_like(cell1) if cell.block else None
@@ -291,9 +301,10 @@ def observe_backward(
         behind = (carry_stoch, carry, is_first[t + 1]) if t + 1 < T else (None, None, None)
         outside = [None if g is None else g[t] for g in outer]
         rows.leave(stats[t].view(N, S, K), *outside, *behind, c.unimix, d_stats[t], grad_h[t])
-        torch.mm(d_stats[t], out.weight, out=grad_head[t])
+        multiply(d_stats[t], out.weight, grad_head[t])
         rows.norm_act_backward(grad_head[t], o[t], posterior, c, d_o[t])
-        grad_h[t].addmm_(d_o[t], of_deter)
+        into = grad_h[t]
+        multiply(d_o[t], of_deter, into, into)
         if cell.block:
             assert grad_y is not None
             width = D // G
@@ -301,20 +312,23 @@ def observe_backward(
             rows.block_gates_backward(
                 grad_h[t].view(-1, width), cell2[t].view(-1, 3 * width), before[t].view(-1, width), *grads
             )
-            torch.bmm(_blocks(d_cell2[t], G), gates.weight, out=_blocks(grad_y[t], G))
+            multiply(_blocks(d_cell2[t], G), gates.weight, _blocks(grad_y[t], G))
             rows.norm_act_backward(grad_y[t], cell1[t], layers["hidden"], c, d_cell1[t])
-            torch.mm(d_cell1[t], cell.from_x, out=grad_x[t])
-            _blocks(carry, G).baddbmm_(_blocks(d_cell1[t], G), cell.from_deter)
+            taken = cast(d_cell1[t], c.operands)
+            multiply(taken, cell.from_x, grad_x[t])
+            into = _blocks(carry, G)
+            multiply(_blocks(taken, G), cell.from_deter, into, into)
         else:
             rows.layernorm_gates_backward(
                 grad_h[t], cell1[t], gates, c.cell_eps, before[t], d_cell1[t], carry
             )
-            torch.mm(d_cell1[t], cell.from_x, out=grad_x[t])
-            carry.addmm_(d_cell1[t], cell.from_deter)
+            taken = cast(d_cell1[t], c.operands)
+            multiply(taken, cell.from_x, grad_x[t])
+            multiply(taken, cell.from_deter, carry, carry)
         rows.norm_act_backward(grad_x[t].view(-1, H), u[t].view(-1, H), cell.norms, c, d_u[t].view(-1, H))
         if cell.block:
-            carry.addmm_(d_u[t, :, :H], layers["deter_in"].weight)
-        torch.mm(d_u[t, :, -H:], cell.stoch_weight, out=carry_stoch)
+            multiply(d_u[t, :, :H], layers["deter_in"].weight, carry, carry)
+        multiply(d_u[t, :, -H:], cell.stoch_weight, carry_stoch)
     x, y, head = torch.empty_like(u), d_o.new_empty(T, N, D if cell.block else 0), torch.empty_like(o)
     rows.norm_act(u.view(-1, H), cell.norms, c, x.view(-1, H))
     if cell.block:
@@ -335,8 +349,8 @@ def observe_backward(
         rest = grad_h, cell1, gates.scale, gates.shift, before, c.cell_eps, [False, True, True, False]
         sums += torch.ops.pywm.layernorm_gru_gates_backward(*rest)[1:3]
     sums += _norm_sums(grad_head, o, posterior, c)
-    grad_deter0 = carry * keep[0]
-    grad_proj = d_u[0, :, -H:] * keep[0]
+    grad_deter0 = carry.masked_fill(reset[0], 0)
+    grad_proj = d_u[0, :, -H:].masked_fill(reset[0], 0)
     return [grad_deter0, grad_proj, d_stats, d_o, d_cell1, d_cell2, d_u, x, y, head, torch.cat(sums)]
 
 
@@ -387,16 +401,17 @@ def imagine(
     never = index0.new_zeros(N, dtype=torch.bool)
     u, x, y, h = new(N, cell.inputs, H), new(N, cell.inputs, H), new(N, D), new(N, D)
     cell1, cell2 = (new(N, D), new(N, 3 * D)) if cell.block else (new(N, 3 * D), new(N, 0))
+    prior, network = _cast(prior, c.operands), _cast(network, c.operands)
     first = network[0]
     a, b = (new(N, first.weight.shape[0]) for _ in range(2))
     p, q = new(N, H), new(N, H)
-    stoch_in = layers["stoch_in"]
+    stoch_in = cell.layers["stoch_in"]
     add = new(N, H)
     into = layers["hidden"].bias if cell.block else None
     wide = into if into is not None else new(D).zero_()
     for t in range(horizon):
         _linear(stochs[t], Layer(first.weight[:, D:], first.bias), a)
-        a.addmm_(deters[t], first.weight[:, :D].t())
+        multiply(deters[t], first.weight[:, :D].t(), a, a)
         _hidden(a, network, policy, b, outputs[t])
         if force_action is None:
             assert action_noise is not None
@@ -405,11 +420,14 @@ def imagine(
         if cell.block:
             if policy.kind != "categorical" or force_action is not None:
                 taken = taken / taken.abs().clamp(min=1)
-            _linear(taken, layers["action_in"], u[:, 2])
+            _linear(taken, cell.layers["action_in"], u[:, 2])
         else:
             _linear(taken, Layer(stoch_in.weight[:, S * K :], stoch_in.bias), add)
         # The starts' samples may be floats, and nothing else: their product is not a gathered sum.
-        proj = torch.mm(stoch0, cell.stoch_weight.t()) if t == 0 else None
+        proj = None
+        if t == 0:
+            proj = new(N, H)
+            multiply(stoch0, cell.stoch_weight.t(), proj)
         start = cell.bias if cell.block else add
         rows.enter(deters[t], start, proj, cell.packed, index[t], never, h, u[:, 1 if cell.block else 0])
         cell.step(h, u, x, wide, cell1, y, cell2, deters[t + 1])

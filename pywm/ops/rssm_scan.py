@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pywm.ops import _native, reference_rssm, rssm_products
-from pywm.ops._registry import define, differentiate, is_transformed, plain, plain_optional, served
+from pywm.ops import _native, _operands, _rssm_check, reference_rssm, rssm_products
+from pywm.ops._registry import define, differentiate, is_traced, is_transformed, plain, plain_optional, served
 from pywm.ops.cuda_graphs import graphs
 from pywm.ops.norm_act import _backward as norm_act_backward
-from pywm.ops.rssm_params import CELLS, NORMS, Layer, RSSMConfig, RSSMParams
+from pywm.ops.rssm_params import CELLS, NORMS, OPERANDS, Layer, RSSMConfig, RSSMParams
 
 # Layers of the scan in the order in which the kernel takes them, and whether its bias is the kernel's business.
 _KERNEL_LAYERS = ("deter_in", "stoch_in", "hidden", "gates", "candidate", "posterior", "out")
@@ -46,6 +47,28 @@ def flat(params: RSSMParams) -> tuple[list[Tensor], int]:
     return tensors, present
 
 
+@functools.lru_cache(maxsize=64)
+def _config(sizes: tuple[int, ...], numbers: tuple[float, ...]) -> RSSMConfig:
+    cell, norm, act, deter, hidden, stoch, classes, blocks, sigmoid2, _, operands = sizes
+    unimix, eps, cell_eps, min_std = numbers
+    return RSSMConfig(
+        deter=deter,
+        hidden=hidden,
+        stoch=stoch,
+        classes=classes,
+        cell=CELLS[cell],
+        blocks=blocks,
+        norm=NORMS[norm],
+        act=("none", "", "silu", "elu", "relu")[act],
+        unimix=unimix,
+        eps=eps,
+        cell_eps=cell_eps,
+        std="sigmoid2" if sigmoid2 else "softplus",
+        min_std=min_std,
+        operands=OPERANDS[operands],
+    )
+
+
 class Scan(NamedTuple):
     """The form of a scan: what a kernel must know beside tensors, as the dispatcher can carry it."""
 
@@ -56,32 +79,17 @@ class Scan(NamedTuple):
     def of(c: RSSMConfig, present: int) -> Scan:
         """Of a configuration and the mask of :func:`flat`."""
         kinds = CELLS.index(c.cell), NORMS.index(c.norm), {"none": 0, "silu": 2, "elu": 3, "relu": 4}[c.act]
-        sizes = [*kinds, c.deter, c.hidden, c.stoch, c.classes, c.blocks, int(c.std == "sigmoid2"), present]
+        flags = int(c.std == "sigmoid2"), present, OPERANDS.index(c.operands)
+        sizes = [*kinds, c.deter, c.hidden, c.stoch, c.classes, c.blocks, *flags]
         return Scan(sizes, [c.unimix, c.eps, c.cell_eps, c.min_std])
 
     def form(self) -> tuple[Any, ...]:
         """As the binding takes it."""
-        return (*self.sizes[:8], *self.numbers, self.sizes[8])
+        return (*self.sizes[:8], *self.numbers, self.sizes[8], self.sizes[10])
 
     def config(self) -> RSSMConfig:
         """The configuration, but for the widths of actions and embeddings."""
-        cell, norm, act, deter, hidden, stoch, classes, blocks, sigmoid2, _ = self.sizes
-        unimix, eps, cell_eps, min_std = self.numbers
-        return RSSMConfig(
-            deter=deter,
-            hidden=hidden,
-            stoch=stoch,
-            classes=classes,
-            cell=CELLS[cell],
-            blocks=blocks,
-            norm=NORMS[norm],
-            act=("none", "", "silu", "elu", "relu")[act],
-            unimix=unimix,
-            eps=eps,
-            cell_eps=cell_eps,
-            std="sigmoid2" if sigmoid2 else "softplus",
-            min_std=min_std,
-        )
+        return _config(tuple(self.sizes), tuple(self.numbers))
 
     def layers(self, tensors: list[Tensor]) -> dict[str, Layer]:
         """Undo :func:`flat`."""
@@ -111,7 +119,8 @@ def observe(
     _native.let_products_work()
     tensors, present = flat(params)
     scan = Scan.of(c, present)
-    traced = torch.compiler.is_compiling() or any(type(x) not in _PLAIN for x in (embed, *tensors))
+    given = (embed, action, is_first, deter, stoch, noise, force, *tensors)
+    traced = torch.compiler.is_compiling() or is_traced(*given)
     classes = None if traced or c.cell != "block_gru" else _classes(action, is_first)
     if classes is None:
         action = action.masked_fill(is_first.unsqueeze(-1), 0)
@@ -127,6 +136,20 @@ def observe(
     return deter, stats, stoch, None if c.is_gaussian else index
 
 
+def as_multiplied(params: RSSMParams, x: Tensor) -> RSSMParams:
+    """The model with the operands that its kernels take on the device of ``x``: float32 where others are not faster."""
+    if params.config.operands == "float32" or not _native.supports(x):
+        return params
+    rounds = rssm_products.serves(params.config) if by_products(x) else _operands.is_rounded_on_cpu()
+    return params if rounds and not is_transformed() else in_float32(params)
+
+
+def in_float32(params: RSSMParams) -> RSSMParams:
+    """The same model, whose products round nothing."""
+    c = params.config
+    return params if c.operands == "float32" else params._replace(config=replace(c, operands="float32"))
+
+
 def is_served(x: Tensor, c: RSSMConfig) -> bool:
     """Whether there are kernels for a model of this form on the device of ``x``."""
     return _native.supports(x) and (not by_products(x) or rssm_products.serves(c))
@@ -135,9 +158,6 @@ def is_served(x: Tensor, c: RSSMConfig) -> bool:
 def by_products(x: Tensor) -> bool:
     """Whether torch's products and row kernels do it, rather than one call."""
     return x.device.type != "cpu" or rssm_products.is_forced()
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _classes(action: Tensor, is_first: Tensor) -> Tensor | None:
@@ -162,11 +182,12 @@ def _columns(weight: Tensor, begin: int, end: int | None = None) -> Tensor:
     return weight.flatten(0, -2)[:, begin:end]
 
 
-def _action_features(layers: dict[str, Layer], c: RSSMConfig, action: Tensor) -> Tensor:
+def action_features(layers: dict[str, Layer], c: RSSMConfig, action: Tensor) -> Tensor:
     """What the cell sees of the actions, before the recurrence: ``[T·N, H]`` (block_gru), or they themselves."""
     if c.cell != "block_gru":
         return action
-    return reference_rssm.hidden_layer(action, layers["action_in"], c)
+    layer = layers["action_in"]
+    return reference_rssm.norm_act(_operands.linear(action, layer, c.operands), layer, c)
 
 
 def _forward(
@@ -189,14 +210,15 @@ def _forward(
     D, H, Z = c.deter, c.hidden, c.stoch_width
     embed, action, deter, stoch = (plain(x) for x in (embed, action, deter, stoch))
     posterior, stoch_in = layers["posterior"], layers["stoch_in"]
-    token_proj = functional.linear(embed.flatten(0, 1), _columns(posterior.weight, D), posterior.bias)
-    features = _action_features(layers, c, action.flatten(0, 1) if classes is None else _each_class(action))
+    linear = functools.partial(_operands.linear, operands=c.operands)
+    token_proj = linear(embed.flatten(0, 1), Layer(_columns(posterior.weight, D), posterior.bias))
+    features = action_features(layers, c, action.flatten(0, 1) if classes is None else _each_class(action))
     if c.cell == "block_gru":
         into = layers["hidden"]
-        action_proj = functional.linear(features, _columns(into.weight, D // c.blocks + 2 * H), into.bias)
+        action_proj = linear(features, Layer(_columns(into.weight, D // c.blocks + 2 * H), into.bias))
     else:
-        action_proj = functional.linear(features, stoch_in.weight[:, Z:], stoch_in.bias)
-    stoch_proj = functional.linear(stoch, stoch_in.weight[:, :Z])
+        action_proj = linear(features, Layer(stoch_in.weight[:, Z:], stoch_in.bias))
+    stoch_proj = linear(stoch, Layer(stoch_in.weight[:, :Z]))
     if by_products(embed):
         inputs = (
             token_proj.view(T, N, H),
@@ -230,6 +252,8 @@ def _forward(
         None if c.is_gaussian else index,
         keep,
     )
+    if result is None:
+        _rssm_check.refused("rssm_observe", force, c)
     deters, stats, stochs, *kept = served(result, "rssm_observe")
     return deters, stats, stochs, index, *kept
 
@@ -274,7 +298,7 @@ def _backward(
     tensors = [plain(x) for x in tensors]
     layers = scan.layers(tensors)
     T, N, _ = embed.shape
-    D, H, Z, G = c.deter, c.hidden, c.stoch_width, c.blocks
+    D, Z = c.deter, c.stoch_width
     embed, action, is_first, deter0, stoch0 = (plain(x) for x in (embed, action, is_first, deter0, stoch0))
     if c.is_gaussian:  # also where samples were forced
         mean, std = reference_rssm.distribution(stats, c)
@@ -295,83 +319,19 @@ def _backward(
         result = served(kernel(scan.form(), kernel_layers(layers), *rest), "rssm_observe_backward")
     grad_deter0, grad_stoch_proj, *rows, norms = result
     d_stats, d_o, d_cell1, d_cell2, d_u, x, y, head = (r.flatten(0, 1) for r in rows)
-    keep = (~is_first).unsqueeze(-1)
-    before = torch.cat([deter0.unsqueeze(0), deter[:-1]]).mul_(keep).flatten(0, 1)
-    stoch_before = torch.cat([stoch0.unsqueeze(0), stoch[:-1]]).mul_(keep).flatten(0, 1)
-    rows_of = {"embed": embed.flatten(0, 1), "action": action.flatten(0, 1), "deter": deter.flatten(0, 1)}
-    grads: dict[str, list[Tensor | None]] = {name: [None] * 4 for name in layers}
-
-    def weight(name: str, *pairs: tuple[Tensor, Tensor]) -> None:
-        """Gradient of a dense weight whose inputs lie side by side."""
-        w = layers[name].weight
-        out = torch.empty_like(w)
-        column = 0
-        for grad, inputs in pairs:
-            torch.mm(grad.t(), inputs, out=out[:, column : column + inputs.shape[1]])
-            column += inputs.shape[1]
-        grads[name][0] = out
-        if layers[name].bias is not None:
-            grads[name][1] = pairs[0][0].sum(0)
-
-    posterior = layers["posterior"].weight
-    grad_embed = (d_o @ posterior[:, D:]).view(T, N, -1)
-    weight("posterior", (d_o, rows_of["deter"]), (d_o, rows_of["embed"]))
-    weight("out", (d_stats, head))
-    if c.cell == "block_gru":
-        Dg = D // G
-        weight("deter_in", (d_u[:, :H], before))
-        weight("stoch_in", (d_u[:, H:], stoch_before))
-        hidden = layers["hidden"]
-        wide = _columns(hidden.weight, 0)
-        actions, d_actions = rows_of["action"], d_cell1
-        if classes is not None:  # the gradients of all rows of a class are one sum
-            actions = _each_class(action)
-            one_hot = functional.one_hot(classes.flatten().long(), len(actions)).to(d_cell1.dtype)
-            d_actions = one_hot.t() @ d_cell1
-        grads["action_in"], features, grad_action = _through_action(
-            layers, c, actions, d_actions @ wide[:, Dg + 2 * H :]
-        )
-        if classes is not None:
-            grad_action = action.new_zeros(action.shape)  # nobody asked for it
-        out = torch.empty_like(wide)
-        for g in range(G):
-            block = slice(g * Dg, (g + 1) * Dg)
-            torch.mm(d_cell1[:, block].t(), before[:, block], out=out[block, :Dg])
-        torch.mm(d_cell1.t(), x, out=out[:, Dg : Dg + 2 * H])
-        torch.mm(d_actions.t(), features, out=out[:, Dg + 2 * H :])
-        grads["hidden"][0] = out.view_as(hidden.weight)
-        if hidden.bias is not None:
-            grads["hidden"][1] = d_cell1.sum(0)
-        gates = torch.empty_like(layers["gates"].weight)
-        for g in range(G):
-            torch.mm(d_cell2[:, 3 * g * Dg : 3 * (g + 1) * Dg].t(), y[:, g * Dg : (g + 1) * Dg], out=gates[g])
-        grads["gates"][0] = gates
-        if layers["gates"].bias is not None:
-            grads["gates"][1] = d_cell2.sum(0)
-    else:
-        weight("stoch_in", (d_u, stoch_before), (d_u, rows_of["action"]))
-        grad_action = d_u @ layers["stoch_in"].weight[:, Z:]
-        if c.cell == "layernorm_gru":
-            weight("gates", (d_cell1, x), (d_cell1, before))
-        elif c.cell == "gru":
-            weight("gates", (d_cell1, x))
-            weight("candidate", (d_cell2, before))
-        else:
-            weight("gates", (d_cell1, x), (d_cell1, before))
-            weight("candidate", (d_cell2, x), (d_cell2, y))
-    grad_stoch0 = grad_stoch_proj @ layers["stoch_in"].weight[:, :Z]
-    named = ["stoch_in", "posterior"]
-    if c.cell == "block_gru":
-        named = ["deter_in", "stoch_in", "hidden", "posterior"]
-    elif c.cell == "layernorm_gru":
-        named = ["stoch_in", "gates", "posterior"]
-    position = 0
-    for name in named:
-        for part in (2, 3):
-            of = layers[name][part]
-            if of is not None:
-                grads[name][part] = norms[position : position + len(of)]
-                position += len(of)
+    reset = is_first.unsqueeze(-1)  # selected, not multiplied: what a reset drops may be NaN
+    before = torch.cat([deter0.unsqueeze(0), deter[:-1]]).masked_fill_(reset, 0).flatten(0, 1)
+    stoch_before = torch.cat([stoch0.unsqueeze(0), stoch[:-1]]).masked_fill_(reset, 0).flatten(0, 1)
+    posterior = layers["posterior"]
+    mm = functools.partial(_operands.mm, operands=c.operands)
+    grad_embed = mm(d_o, posterior.weight[:, D:]).view(T, N, -1)
+    of_cell = CellRows(d_cell1, d_cell2, d_u, x, y, before, stoch_before, action.flatten(0, 1), classes)
+    grads, grad_action = cell_gradients(layers, c, of_cell, list(layers))
+    pairs = (d_o, deter.flatten(0, 1)), (d_o, embed.flatten(0, 1))
+    grads["posterior"] = weight_gradient(posterior, *pairs, operands=c.operands)
+    grads["out"] = weight_gradient(layers["out"], (d_stats, head), operands=c.operands)
+    grad_stoch0 = mm(grad_stoch_proj, layers["stoch_in"].weight[:, :Z])
+    norm_gradients([(layers[name], grads[name]) for name in (*normed(c), "posterior")], norms)
     flat = [
         g
         for name in _LAYERS
@@ -382,12 +342,131 @@ def _backward(
     return [grad_embed, grad_action.reshape(action.shape), grad_deter0, grad_stoch0, *flat]
 
 
+Gradients = dict[str, list[Tensor | None]]  # of a layer's parts, by its name
+
+
+def weight_gradient(layer: Layer, *pairs: tuple[Tensor, Tensor], operands: str) -> list[Tensor | None]:
+    """Return the gradients of a dense layer's weight, whose inputs lie side by side, and of its bias."""
+    out = torch.empty_like(layer.weight)
+    column = 0
+    for grad, inputs in pairs:
+        part = out[:, column : column + inputs.shape[1]]
+        _operands.multiply(grad.t(), _operands.cast(inputs, operands), part)
+        column += inputs.shape[1]
+    return [out, None if layer.bias is None else pairs[0][0].sum(0), None, None]
+
+
+class CellRows(NamedTuple):
+    """All rows of a reverse scan: gradients of the cell's pre-activations, and what its products took.
+
+    Attributes:
+        d_cell1: see ``RssmObserveBackwardArgs``, like the next four.
+        d_cell2: likewise.
+        d_u: likewise.
+        x: likewise.
+        y: likewise.
+        before: ``[T·N, D]``, the deter that each step began with.
+        stoch_before: ``[T·N, S·K]``.
+        action: ``[T·N, A]``, bounded where the cell bounds it.
+        classes: ``[T, N]`` of one-hot actions without a gradient, or None.
+    """
+
+    d_cell1: Tensor
+    d_cell2: Tensor
+    d_u: Tensor
+    x: Tensor
+    y: Tensor
+    before: Tensor
+    stoch_before: Tensor
+    action: Tensor
+    classes: Tensor | None = None
+
+
+def cell_gradients(
+    layers: dict[str, Layer], c: RSSMConfig, rows: CellRows, wanted: Sequence[str]
+) -> tuple[Gradients, Tensor]:
+    """Return the gradients of the weights and biases of the cell's layers, as far as ``wanted``, and of the actions."""
+    D, H, Z, G = c.deter, c.hidden, c.stoch_width, c.blocks
+    mm = functools.partial(_operands.mm, operands=c.operands)
+    cast = functools.partial(_operands.cast, operands=c.operands)
+    d_cell1, d_cell2, d_u, x, y, before, stoch_before, action, classes = rows
+    grads: Gradients = {name: [None] * 4 for name in layers}
+
+    def weight(name: str, *pairs: tuple[Tensor, Tensor]) -> None:
+        if name in wanted:
+            grads[name] = weight_gradient(layers[name], *pairs, operands=c.operands)
+
+    if c.cell == "block_gru":
+        Dg = D // G
+        weight("deter_in", (d_u[:, :H], before))
+        weight("stoch_in", (d_u[:, H:], stoch_before))
+        hidden, gates = layers["hidden"], layers["gates"]
+        wide = _columns(hidden.weight, 0)
+        actions, d_actions = action, d_cell1
+        if classes is not None:  # the gradients of all rows of a class are one sum
+            actions = _each_class(action)
+            one_hot = functional.one_hot(classes.flatten().long(), len(actions)).to(d_cell1.dtype)
+            d_actions = mm(one_hot.t(), d_cell1)
+        grads["action_in"], features, grad_action = _through_action(
+            layers, c, actions, mm(d_actions, wide[:, Dg + 2 * H :])
+        )
+        if classes is not None:
+            grad_action = action.new_zeros(action.shape)  # nobody asked for it
+        if "hidden" in wanted:
+            out = torch.empty_like(wide)
+            for g in range(G):
+                block = slice(g * Dg, (g + 1) * Dg)
+                _operands.multiply(d_cell1[:, block].t(), cast(before[:, block]), out[block, :Dg])
+            _operands.multiply(d_cell1.t(), cast(x), out[:, Dg : Dg + 2 * H])
+            _operands.multiply(d_actions.t(), cast(features), out[:, Dg + 2 * H :])
+            grads["hidden"][0] = out.view_as(hidden.weight)
+            grads["hidden"][1] = None if hidden.bias is None else d_cell1.sum(0)
+        if "gates" in wanted:
+            parts = torch.empty_like(gates.weight)
+            for g in range(G):
+                of_block = d_cell2[:, 3 * g * Dg : 3 * (g + 1) * Dg]
+                _operands.multiply(of_block.t(), cast(y[:, g * Dg : (g + 1) * Dg]), parts[g])
+            grads["gates"][0] = parts
+            grads["gates"][1] = None if gates.bias is None else d_cell2.sum(0)
+        return grads, grad_action
+    weight("stoch_in", (d_u, stoch_before), (d_u, action))
+    if c.cell == "layernorm_gru":
+        weight("gates", (d_cell1, x), (d_cell1, before))
+    elif c.cell == "gru":
+        weight("gates", (d_cell1, x))
+        weight("candidate", (d_cell2, before))
+    else:
+        weight("gates", (d_cell1, x), (d_cell1, before))
+        weight("candidate", (d_cell2, x), (d_cell2, y))
+    return grads, mm(d_u, layers["stoch_in"].weight[:, Z:])
+
+
+def normed(c: RSSMConfig) -> tuple[str, ...]:
+    """The layers of the cell that may have a norm, in the order in which kernels give their gradients."""
+    if c.cell == "block_gru":
+        return "deter_in", "stoch_in", "hidden"
+    return ("stoch_in", "gates") if c.cell == "layernorm_gru" else ("stoch_in",)
+
+
+def norm_gradients(layers: Sequence[tuple[Layer, list[Tensor | None]]], norms: Tensor) -> None:
+    """Hand out ``norms``, the gradients of all scales and shifts one after another, to their layers' gradients."""
+    position = 0
+    for layer, grads in layers:
+        for part in (2, 3):
+            of = layer[part]
+            if of is not None:
+                # Copied, for an op's outputs share no memory.
+                grads[part] = norms[position : position + len(of)].clone()
+                position += len(of)
+
+
 def _through_action(
     layers: dict[str, Layer], c: RSSMConfig, action: Tensor, grad: Tensor
 ) -> tuple[list[Tensor | None], Tensor, Tensor]:
     """Return the gradients of action_in's parts, its outputs, and the gradient of the actions."""
     layer = layers["action_in"]
-    pre = functional.linear(action, layer.weight, layer.bias)
+    mm = functools.partial(_operands.mm, operands=c.operands)
+    pre = _operands.linear(action, layer, c.operands)
     parts: list[Tensor | None] = [None] * 4
     features = reference_rssm.norm_act(pre, layer, c)
     if c.norm == "none":
@@ -405,9 +484,9 @@ def _through_action(
         grads = norm_act_backward(grad, pre, layer.scale, layer.shift, *options)  # type: ignore[no-untyped-call]
         grad, parts[2], shift = grads
         parts[3] = None if layer.shift is None else shift
-    parts[0] = grad.t() @ action
+    parts[0] = mm(grad.t(), action)
     parts[1] = None if layer.bias is None else grad.sum(0)
-    return parts, features, grad @ layer.weight
+    return parts, features, mm(grad, layer.weight)
 
 
 class _Eager(torch.autograd.Function):

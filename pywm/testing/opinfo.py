@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,91 +16,10 @@ from torch import Tensor
 
 from pywm import ops
 from pywm.distributions import Categorical, DiagGaussian, MultiCategorical
-from pywm.ops import _native
+from pywm.testing.rssm_samples import RSSM_OPS
+from pywm.testing.sample import OpInfo, Sample, mask, normal
 
 __all__ = ["OPS", "OpInfo", "Sample"]
-
-
-@dataclass
-class Sample:
-    """Arguments of one call, by name; tensors inside distributions are named ``dist.logits`` and so on.
-
-    Attributes:
-        tensors: what can be strided, cast, poisoned, differentiated.
-        numbers: everything else.
-    """
-
-    tensors: dict[str, Tensor | None]
-    numbers: dict[str, Any] = field(default_factory=dict)
-
-    def map(self, fn: Callable[[str, Tensor], Tensor]) -> Sample:
-        """Apply ``fn(name, tensor)`` to every tensor."""
-        return Sample(
-            {k: None if x is None else fn(k, x) for k, x in self.tensors.items()}, dict(self.numbers)
-        )
-
-    def double(self) -> Sample:
-        """Return the sample in float64, detached."""
-        return self.map(lambda _, x: x.detach().double() if x.is_floating_point() else x)
-
-
-@dataclass(frozen=True)
-class OpInfo:
-    """What the generic tests and benchmarks need to know about an op.
-
-    Attributes:
-        name: its name in ``pywm.ops``.
-        call: calls the public function with a sample and returns its outputs as a flat tuple of tensors.
-        variants: builders of samples ``(shape, generator, dtype) -> Sample``, by what is special about them.
-        outputs: names of the outputs; the first ``differentiable_outputs`` carry gradients.
-        differentiable: names of the tensors with a gradient.
-        kernels: names under which its kernels count their calls, forward then backward.
-        shapes: test sizes; the first is small enough for gradcheck.
-        bench_shapes: sizes worth timing, by the workload they come from.
-        bytes_moved: least traffic to and from memory of a forward call in bytes, from a shape and an item size.
-        bytes_moved_backward: the same for a backward call with all gradients wanted.
-        has_derivative: whether the gradient is the derivative, as gradcheck measures it; a straight-through one is not.
-        devices: where compiled kernels exist.
-        tol: (rtol, atol) against the float64 reference, by dtype.
-    """
-
-    name: str
-    call: Callable[[Sample], tuple[Tensor, ...]]
-    variants: Mapping[str, Callable[[tuple[int, ...], torch.Generator, torch.dtype], Sample]]
-    outputs: tuple[str, ...]
-    differentiable: tuple[str, ...]
-    kernels: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    bench_shapes: Mapping[str, tuple[int, ...]]
-    bytes_moved: Callable[[tuple[int, ...], int], int]
-    bytes_moved_backward: Callable[[tuple[int, ...], int], int]
-    differentiable_outputs: int = 1
-    has_derivative: bool = True
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    tol: Mapping[torch.dtype, tuple[float, float]] = field(
-        default_factory=lambda: {torch.float32: (2e-5, 2e-5), torch.float64: (1e-11, 1e-11)}
-    )
-
-    def sample(
-        self,
-        shape: tuple[int, ...],
-        variant: str = "plain",
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
-        seed: int = 0,
-    ) -> Sample:
-        """Build the arguments of a call."""
-        generator = torch.Generator().manual_seed(seed)
-        return self.variants[variant](shape, generator, dtype).map(lambda _, x: x.to(device))
-
-    def op(self, sample: Sample) -> tuple[Tensor, ...]:
-        """Call the op as users do."""
-        return self.call(sample)
-
-    def reference(self, sample: Sample) -> tuple[Tensor, ...]:
-        """Call the op with compiled kernels switched off: its definition in plain PyTorch."""
-        with _native.disabled():
-            return self.call(sample)
 
 
 def _scan_call(
@@ -116,10 +34,6 @@ def _scan_call(
     return call
 
 
-def _mask(shape: tuple[int, ...], g: torch.Generator, share: float) -> Tensor:
-    return torch.rand(shape, generator=g) < share
-
-
 def _gae(masked: bool) -> Callable[..., Sample]:
     def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
         reward, value, next_value = torch.randn(3, *shape, generator=g, dtype=dtype)
@@ -127,11 +41,11 @@ def _gae(masked: bool) -> Callable[..., Sample]:
             "reward": reward,
             "value": value,
             "next_value": next_value,
-            "terminated": _mask(shape, g, 0.1),
-            "truncated": _mask(shape, g, 0.1),
+            "terminated": mask(shape, g, 0.1),
+            "truncated": mask(shape, g, 0.1),
         }
         if masked:
-            tensors["valid"] = _mask(shape, g, 0.8)
+            tensors["valid"] = mask(shape, g, 0.8)
         return Sample({k: x.clone() for k, x in tensors.items()}, {"discount": 0.97, "lam": 0.9})
 
     return build
@@ -140,7 +54,7 @@ def _gae(masked: bool) -> Callable[..., Sample]:
 def _lambda_return(rows: bool, masked: bool) -> Callable[..., Sample]:
     def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
         reward, next_value = torch.randn(2, *shape, generator=g, dtype=dtype)
-        discount = 0.99 * (1 - _mask(shape, g, 0.1).to(dtype))
+        discount = 0.99 * (1 - mask(shape, g, 0.1).to(dtype))
         sample = Sample(
             {"reward": reward.clone(), "discount": discount, "next_value": next_value.clone()}, {"lam": 0.95}
         )
@@ -148,7 +62,7 @@ def _lambda_return(rows: bool, masked: bool) -> Callable[..., Sample]:
             del sample.numbers["lam"]
             sample.tensors["lam"] = torch.rand(shape, generator=g, dtype=dtype)
         if masked:
-            sample.tensors["valid"] = _mask(shape, g, 0.8)
+            sample.tensors["valid"] = mask(shape, g, 0.8)
         return sample
 
     return build
@@ -156,7 +70,7 @@ def _lambda_return(rows: bool, masked: bool) -> Callable[..., Sample]:
 
 def _discounted_return(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
     reward = torch.randn(shape, generator=g, dtype=dtype)
-    discount = 0.99 * (1 - _mask(shape, g, 0.1).to(dtype))
+    discount = 0.99 * (1 - mask(shape, g, 0.1).to(dtype))
     return Sample(
         {
             "reward": reward,
@@ -171,10 +85,10 @@ def _vtrace(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> S
     tensors = {
         "log_ratio": 0.5 * log_ratio,
         "reward": reward.clone(),
-        "discount": 0.99 * (1 - _mask(shape, g, 0.1).to(dtype)),
+        "discount": 0.99 * (1 - mask(shape, g, 0.1).to(dtype)),
         "value": value.clone(),
         "next_value": next_value.clone(),
-        "truncated": _mask(shape, g, 0.1),
+        "truncated": mask(shape, g, 0.1),
     }
     return Sample({**tensors}, {"lam": 0.9, "rho_clip": 1.2, "c_clip": 1.1})
 
@@ -194,7 +108,7 @@ def _ppo_rows(
         tensors["old_value"] = value + 0.3 * old_value
         numbers["value_clip"] = 0.2
     if masked:
-        tensors["valid"] = _mask(rows, g, 0.7)
+        tensors["valid"] = mask(rows, g, 0.7)
         numbers["normalize_advantage"] = True
     return Sample(tensors, numbers)
 
@@ -277,19 +191,46 @@ def _mlp_parameters(inputs: int) -> int:
     return sum((i + 1) * o for i, o in itertools.pairwise((inputs, *_MLP_WIDTHS)))
 
 
-def _normal(*shape: int, g: torch.Generator, dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, generator=g, dtype=dtype)
+def _norm_mlp(linear: bool, groups: int = 0) -> Callable[..., Sample]:
+    """Perceptrons of the same widths; ``linear``: without a norm behind the last layer."""
+    classes = 5
+
+    def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+        sample = _mlp("silu")((*shape[:-1], shape[-1] + groups * classes), g, dtype)
+        x = sample.tensors["x"]
+        assert x is not None
+        tensors = {**sample.tensors, "x": x[..., : shape[-1]].clone()}
+        for i, width in enumerate(_MLP_WIDTHS[: -1 if linear else None]):
+            tensors[f"scales[{i}]"] = 1 + 0.3 * torch.randn(width, generator=g, dtype=dtype)
+        if groups:
+            index = torch.randint(classes, (*shape[:-1], groups), generator=g)
+            tensors["index"] = index.to(torch.uint8)
+        return Sample(tensors, {"eps": 0.03})
+
+    return build
+
+
+def _norm_mlp_call(sample: Sample) -> tuple[Tensor, ...]:
+    tensors, numbers = dict(sample.tensors), {"index": None, **sample.numbers}
+    x = tensors.pop("x")
+    if "index" in tensors:
+        numbers["index"] = tensors.pop("index")
+    weights, biases, scales = (
+        [t for name, t in tensors.items() if name.startswith(kind)]
+        for kind in ("weights", "biases", "scales")
+    )
+    return (ops.norm_mlp(x, weights, biases, scales, **numbers),)  # type: ignore[arg-type]
 
 
 def _norm_act(norm: str, act: str, shifted: bool = False) -> Callable[..., Sample]:
     def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
         D = shape[-1]
         tensors: dict[str, Tensor | None] = {
-            "x": 0.3 + _normal(*shape, g=g, dtype=dtype),
-            "scale": 1 + 0.3 * _normal(D, g=g, dtype=dtype),
+            "x": 0.3 + normal(*shape, g=g, dtype=dtype),
+            "scale": 1 + 0.3 * normal(D, g=g, dtype=dtype),
         }
         if shifted:
-            tensors["shift"] = 0.3 * _normal(D, g=g, dtype=dtype)
+            tensors["shift"] = 0.3 * normal(D, g=g, dtype=dtype)
         # A row of one number has no variance: a smaller eps would make its derivatives a difference of large numbers.
         return Sample(tensors, {"norm": norm, "act": act, "eps": 1e-2})
 
@@ -301,7 +242,7 @@ def _gates(**factors: int) -> Callable[..., Sample]:
 
     def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
         *rows, D = shape
-        return Sample({name: _normal(*rows, k * D, g=g, dtype=dtype) for name, k in factors.items()})
+        return Sample({name: normal(*rows, k * D, g=g, dtype=dtype) for name, k in factors.items()})
 
     return build
 
@@ -319,7 +260,7 @@ def _layernorm_gru_gates(shape: tuple[int, ...], g: torch.Generator, dtype: torc
     sample = _gates(pre=3, deter=1)(shape, g, dtype)
     pre, deter = sample.tensors.values()
     W = 3 * shape[-1]
-    scale, shift = 1 + 0.3 * _normal(W, g=g, dtype=dtype), 0.3 * _normal(W, g=g, dtype=dtype)
+    scale, shift = 1 + 0.3 * normal(W, g=g, dtype=dtype), 0.3 * normal(W, g=g, dtype=dtype)
     return Sample({"pre": pre, "scale": scale, "shift": shift, "deter": deter}, {"eps": 1e-2})
 
 
@@ -332,11 +273,11 @@ def _one_hot_linear(biased: bool) -> Callable[..., Sample]:
         *rows, U = shape
         S, K = _ONE_HOT
         tensors: dict[str, Tensor | None] = {
-            "weight": _normal(U, S * K, g=g, dtype=dtype),
+            "weight": normal(U, S * K, g=g, dtype=dtype),
             "index": torch.randint(K, (*rows, S), generator=g).to(torch.uint8),
         }
         if biased:
-            tensors["bias"] = _normal(U, g=g, dtype=dtype)
+            tensors["bias"] = normal(U, g=g, dtype=dtype)
         return Sample(tensors)
 
     return build
@@ -579,6 +520,27 @@ OPS: tuple[OpInfo, ...] = (
         tol={torch.float32: (1e-4, 5e-5), torch.float64: (1e-10, 1e-10)},
     ),
     OpInfo(
+        name="norm_mlp",
+        call=_norm_mlp_call,
+        variants={
+            "plain": _norm_mlp(linear=True),
+            "normed": _norm_mlp(linear=False),
+            "index": _norm_mlp(linear=True, groups=3),
+            "index_normed": _norm_mlp(linear=False, groups=1),
+        },
+        outputs=("y",),
+        differentiable=("x", *(f"{kind}[{i}]" for i in range(3) for kind in ("weights", "biases", "scales"))),
+        kernels=("norm_mlp", "norm_mlp_backward"),
+        shapes=((6, 3), (1, 1), (16, 1), (1, 257), (0, 15), (200, 130), (4, 7, 33), (3,)),
+        bench_shapes={"heads": (8192, 192), "critic": (16384, 640)},
+        bytes_moved=lambda shape, item: item * (shape[0] * (shape[1] + 3) + _mlp_parameters(shape[1])),
+        bytes_moved_backward=lambda shape, item: (
+            item * (shape[0] * (2 * shape[1] + 17) + 2 * _mlp_parameters(shape[1]))
+        ),
+        devices=("cpu",),
+        tol={torch.float32: (1e-4, 3e-4), torch.float64: (1e-10, 1e-10)},
+    ),
+    OpInfo(
         name="norm_act",
         call=_keyword_call(ops.norm_act),
         variants={
@@ -660,7 +622,7 @@ OPS: tuple[OpInfo, ...] = (
         bench_shapes=_GROUPS_BENCH,
         bytes_moved=lambda shape, item: math.prod(shape) * (item * (2 * _CLASSES + 1) + 1),
         bytes_moved_backward=lambda shape, item: math.prod(shape) * item * 3 * _CLASSES,
-        has_derivative=False,
+        no_derivative=("plain", "few", "wide", "unmixed", "alone"),
     ),
     OpInfo(
         name="kl_balance",
@@ -678,7 +640,7 @@ OPS: tuple[OpInfo, ...] = (
         bytes_moved=lambda shape, item: item * (math.prod(shape) * 2 * _CLASSES + 3 * _rows(shape)),
         bytes_moved_backward=lambda shape, item: item * (math.prod(shape) * 4 * _CLASSES + 3 * _rows(shape)),
         differentiable_outputs=2,
-        has_derivative=False,
+        no_derivative=("plain", "few", "unmixed"),
     ),
     OpInfo(
         name="symexp_twohot_loss",
@@ -733,4 +695,5 @@ OPS: tuple[OpInfo, ...] = (
         bytes_moved=lambda shape, item: item * (math.prod(shape) * 4 + _rows(shape)),
         bytes_moved_backward=lambda shape, item: item * (math.prod(shape) * 8 + _rows(shape)),
     ),
+    *RSSM_OPS,
 )

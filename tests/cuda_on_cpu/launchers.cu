@@ -42,6 +42,8 @@ void emulator_set_schedule(int order, uint64_t seed, int resident_blocks) {
 int64_t ppo_loss_workspace(int64_t M, int64_t columns) { return pywm::cuda::ppo_loss_workspace(M, columns); }
 
 int64_t norm_act_workspace(int64_t M, int64_t D) { return pywm::cuda::norm_act_workspace(M, D); }
+int64_t laprop_workspace(int64_t P, int64_t segments) { return pywm::cuda::laprop_workspace(P, segments); }
+
 void philox_words(const uint32_t* counter, uint64_t seed, uint32_t* words) {
   const auto made = pywm::math::philox(counter[0], counter[1], counter[2], counter[3], seed);
   for (int i = 0; i < 4; ++i) words[i] = made.word[i];
@@ -73,6 +75,7 @@ EXPORT(gru_block_update, GruBlockUpdateArgs)
 EXPORT(gru_block_update_backward, GruBlockUpdateBackwardArgs)
 EXPORT(one_hot_linear, OneHotLinearArgs)
 EXPORT(one_hot_linear_backward, OneHotLinearBackwardArgs)
+EXPORT(laprop_step, LaPropArgs)
 EXPORT(philox, PhiloxArgs)
 EXPORT(categorical_sample, CategoricalSampleArgs)
 EXPORT(categorical_sample_backward, CategoricalSampleBackwardArgs)

@@ -17,6 +17,7 @@ SOURCES = [
     CSRC / "cuda" / "lambda_return.cu",
     CSRC / "cuda" / "discounted_return.cu",
     CSRC / "cuda" / "ppo_loss.cu",
+    CSRC / "cuda" / "laprop_step.cu",
     CSRC / "cuda" / "norm_act.cu",
     CSRC / "cuda" / "gru_gates.cu",
     CSRC / "cuda" / "one_hot_linear.cu",
@@ -43,6 +44,7 @@ class Call:
         numbers: sizes and options.
         workspace_columns: for the PPO loss: how many columns of log_std are summed over rows.
         partial_columns: for a normalisation: how many columns of scale and shift are summed over rows.
+        in_place: names of the arrays that are outputs, too.
     """
 
     op: str
@@ -53,6 +55,7 @@ class Call:
     workspace_columns: int | None = None
     partial_columns: int | None = None
     byte_outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    in_place: tuple[str, ...] = ()
 
 
 @dataclass
@@ -106,6 +109,7 @@ def _write_request(request: Path, calls: Sequence[tuple[Call, Schedule]]) -> Non
             "arrays": list(call.arrays),
             "outputs": {name: list(shape) for name, shape in call.outputs.items()},
             "byte_outputs": {name: list(shape) for name, shape in call.byte_outputs.items()},
+            "in_place": {name: list(call.arrays[name].shape) for name in call.in_place},
             "numbers": call.numbers,
             "schedule": [schedule.order, schedule.seed, schedule.resident],
         }

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-# The structs of csrc/ops.h, field by field. A star marks a pointer.
+# The structs of csrc/ops.h, field by field. A star marks a pointer, a sharp a number that is a double in any case.
 _PPO = (
     "*old_log_prob *advantage *value *returns *old_value *valid *loss *stats *grad_value *workspace M "
     "clip value_clip value_coef entropy_coef normalize_advantage "
@@ -64,13 +64,15 @@ STRUCTS = {
     "symexp_twohot_mean_backward": "*grad *logits *mean *grad_logits M B",
     "gaussian_sample": "*mean *raw_std *noise *sample *std P min_std sigmoid2",
     "gaussian_sample_backward": "*grad_sample *grad_std *raw_std *noise *grad_mean *grad_raw_std P sigmoid2",
+    "laprop_step": "*param *grad *exp_avg *exp_avg_sq *norm *offsets *workspace P segments step "
+    "#lr #beta1 #beta2 #eps #clip #min_norm",
     "gaussian_kl": "*mean_q *std_q *mean_p *std_p *kl M Z",
     "gaussian_kl_backward": "*grad *mean_q *std_q *mean_p *std_p "
     "*grad_mean_q *grad_std_q *grad_mean_p *grad_std_p M Z",
 }
 _SIZES = {"T", "N", "M", "G", "K", "B", "Z", "P", "D", "U", "A"}
 _SIZES |= {"width", "log_std_rows", "slots", "offset", "stream", "groups", "classes", "turns"}
-_SIZES |= {"H", "add_stride", "u_stride"}
+_SIZES |= {"H", "add_stride", "u_stride", "segments", "step"}
 _DOUBLES = {"clip", "value_clip", "value_coef", "entropy_coef", "unimix", "free_nats"}
 _FLAGS = {"normalize_advantage", "layer", "normal", "sigmoid2"}
 _POISON = 0xFF  # as a float: NaN
@@ -83,6 +85,8 @@ def struct_type(op: str, dtype: str) -> type[ctypes.Structure]:
     def field(name: str) -> tuple[str, Any]:
         if name.startswith("*"):
             return name[1:], ctypes.c_void_p
+        if name.startswith("#"):
+            return name[1:], ctypes.c_double
         if name in _SIZES:
             return name, ctypes.c_int64
         if name in _DOUBLES:
@@ -141,6 +145,8 @@ def main() -> None:
     library.ppo_loss_workspace.argtypes = [ctypes.c_int64, ctypes.c_int64]
     library.norm_act_workspace.restype = ctypes.c_int64
     library.norm_act_workspace.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    library.laprop_workspace.restype = ctypes.c_int64
+    library.laprop_workspace.argtypes = [ctypes.c_int64, ctypes.c_int64]
     calls = json.loads(Path(f"{request}.json").read_text())
     arrays = np.load(f"{request}.npz")
     memory = Memory()
@@ -163,6 +169,9 @@ def main() -> None:
         if "partial_columns" in call:
             elements = library.norm_act_workspace(call["numbers"]["M"], call["partial_columns"])
             args.partial = memory.hold(np.full(elements, np.nan, dtype))
+        if op == "laprop_step":
+            doubles = library.laprop_workspace(call["numbers"]["P"], call["numbers"]["segments"])
+            args.workspace = memory.hold(np.full(doubles, np.nan))
         for name, value in call["numbers"].items():
             setattr(args, name, value)
         library.emulator_set_schedule(*call["schedule"])
@@ -173,7 +182,7 @@ def main() -> None:
         else:
             got = {
                 name: memory.read(getattr(args, name), shape, dtype)
-                for name, shape in call["outputs"].items()
+                for name, shape in {**call["outputs"], **call["in_place"]}.items()
             }
             got |= {
                 name: memory.read(getattr(args, name), shape, "uint8")

@@ -102,3 +102,13 @@ def test_encoder_of_one_vector_copies_nothing() -> None:
     assert encoder({"obs": x}).data_ptr() == x.data_ptr()
     assert not list(encoder.parameters())
     assert encoder.size == 4
+
+
+def test_a_single_number_is_a_feature_like_any_other() -> None:
+    encoder = Encoder({}, {"speed": (2,), "time": ()})
+    assert encoder.size == 3
+    obs = {"speed": torch.arange(8.0).view(4, 2), "time": torch.arange(4, dtype=torch.float64)}
+    expected = torch.tensor([[0.0, 1, 0], [2, 3, 1], [4, 5, 2], [6, 7, 3]])
+    assert torch.equal(encoder(obs), expected)
+    alone = Encoder({}, {"time": ()})
+    assert torch.equal(alone({"time": obs["time"]}), expected[:, 2:])

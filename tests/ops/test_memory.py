@@ -10,8 +10,6 @@ import torch
 import pywm
 from pywm.ops import _native
 
-KEPT_BYTES = 64 << 20
-
 
 def rollout(T, N, seed=0):
     g = torch.Generator().manual_seed(seed)
@@ -55,12 +53,13 @@ def test_freed_memory_is_used_again(kept):
 
 
 def test_what_is_kept_is_bounded(kept):
-    most = 0
-    for columns in range(1000, 60000, 700):  # sizes that share no blocks would pile up
-        x = torch.zeros(64, columns)
+    limit, most = _native.module().kept_limit, 0
+    assert limit >= 64 << 20
+    for i in range(1, 86):  # sizes that share no blocks would pile up
+        x = torch.zeros(64, i * (limit // 85) // (4 * 64 * 8))
         pywm.discounted_return(x, x, x[0])
         most = max(most, _native.module().kept_bytes())
-    assert KEPT_BYTES / 4 < most <= KEPT_BYTES
+    assert limit / 4 < most <= limit
 
 
 def test_memory_may_be_freed_by_any_thread():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -143,6 +145,18 @@ def test_saturated_gates_keep_or_replace_the_state() -> None:
     assert torch.equal(block_gru_gates(gates, deter, blocks=1), torch.zeros(2, 3))
     gates[:, 6:] = -1e4
     assert torch.equal(block_gru_gates(gates, deter, blocks=1), deter)
+
+
+def test_closed_gates_let_nothing_pass_however_large() -> None:
+    """σ(-100) is 0, and not a tiny number that huge states would get through; 0·infinity is NaN."""
+    closed = torch.tensor([[-100.0, 0.0], [-1e4, 0.0], [-math.inf, 0.0], [-100.0, 0.0], [0.0, 0.0]])
+    deter = torch.tensor([[3e38], [-3e38], [3e38], [math.inf], [2.0]])
+    want = torch.tensor([[0.0], [0.0], [0.0], [math.nan], [1.0]])
+    torch.testing.assert_close(gru_block_reset(closed, deter), want, equal_nan=True)
+    # Reset gate, candidate, update gate: half of the state stays, and of the candidate nothing may come.
+    gates = torch.tensor([[-100.0, 3e38, 1.0], [-math.inf, -3e38, 1.0]])
+    got = block_gru_gates(gates, torch.ones(2, 1), blocks=1)
+    torch.testing.assert_close(got, torch.full((2, 1), 0.5))
 
 
 @pytest.mark.parametrize("blocks", [0, -1, 3, 10**30])

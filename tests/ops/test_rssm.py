@@ -1,6 +1,9 @@
 """Recurrent state-space models: compiled kernels against the references, resets, windows, gradients, bad input."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -41,6 +44,13 @@ def window(model, T, N, dtype=torch.float64, seed=1, resets=0.2):
         "is_first": torch.rand(T, N, generator=g) < resets,
         "state": RSSMState(normal(N, c.deter), normal(*stoch)),
         "noise": normal(T, N, c.stoch) if c.is_gaussian else uniform,
+    }
+
+
+def in_float32(inputs):
+    return {
+        k: RSSMState(*(y.float() for y in x)) if k == "state" else x.float() if x.is_floating_point() else x
+        for k, x in inputs.items()
     }
 
 
@@ -111,14 +121,30 @@ def test_float32_over_a_long_window_under_forced_samples(cell):
     with _native.disabled():
         want = outputs_and_gradients(model, inputs, force_stoch=force)
     model = model.float()
-    single = {
-        k: RSSMState(*(y.float() for y in x)) if k == "state" else x.float() if x.is_floating_point() else x
-        for k, x in inputs.items()
-    }
-    got = outputs_and_gradients(model, single, force_stoch=force)
+    got = outputs_and_gradients(model, in_float32(inputs), force_stoch=force)
     assert_near([x.double() for x in got[0]], want[0], 1e-4)
     assert_near([x.double() for x in got[1]], want[1], 1e-4)
     assert torch.equal(got[2], force.to(torch.uint8))
+
+
+@pytest.mark.parametrize("N", [1, 3, 8, 70])
+@pytest.mark.parametrize("cell", CELLS)
+def test_float32_of_a_single_step_under_forced_samples(cell, N):
+    model = make(cell, deter=48, hidden=40, stoch=6, classes=7)
+    inputs = window(model, 1, N, resets=0.3)
+    force = torch.randint(7, (1, N, 6), generator=torch.Generator().manual_seed(3))
+    with _native.disabled():
+        want, want_grads, _ = outputs_and_gradients(model, inputs, force_stoch=force)
+    model = model.float()
+    single = in_float32(inputs)
+    got, grads, _ = outputs_and_gradients(model, single, force_stoch=force)
+    assert_near([x.double() for x in got], want, 1e-5)
+    assert_near([x.double() for x in grads], want_grads, 1e-5)
+    state = single.pop("state")
+    del single["noise"]
+    with torch.no_grad():
+        step = model.step(state, **{k: x[0] for k, x in single.items()}, force_stoch=force[0])
+    assert_near([step.deter.double(), step.posterior.double()], [want[0][0], want[2][0]], 1e-5)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -205,6 +231,74 @@ def test_resets_ignore_what_was_before():
     assert torch.equal(got.index, want.index)
 
 
+@pytest.mark.parametrize("classes", [5, 0])
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_ignore_what_a_reset_drops(cell, classes):
+    model = make(cell, classes)
+    inputs = window(model, 2, 3, resets=0)
+    inputs["is_first"][:] = True
+    want = outputs_and_gradients(model, inputs)
+    inputs["state"] = RSSMState(*(x * float("nan") for x in inputs["state"]))
+    got = outputs_and_gradients(model, inputs)
+    assert_near(got[0], want[0], 1e-14)
+    assert_near(got[1], want[1], 1e-14)
+
+
+def missing(result):
+    return [x.isnan() for x in (result.deter, result.stoch, *floats(result.prior))]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("classes", [5, 0])
+@pytest.mark.parametrize("cell", CELLS)
+def test_nan_spreads_as_in_the_reference(cell, classes, value):
+    model = make(cell, classes)
+    inputs = window(model, 5, 3, resets=0)
+    inputs["is_first"][3, 1] = True
+    inputs["embed"][1, :2] = value  # two sequences, one of which begins anew later
+    with torch.no_grad():
+        got = missing(model.observe(**inputs))
+        with _native.disabled():
+            want = missing(model.observe(**inputs))
+    assert want[0][2:, 0].all()
+    assert not want[0][3:, 1].any()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_nan_in_a_policy_spreads_as_in_the_reference(cell):
+    model = make(cell)
+    inputs = window(model, 1, 4)
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, model.config.feat, generator=g, dtype=torch.float64)
+    policy = Policy(
+        (Layer(hidden), Layer(torch.full((2, 6), float("nan"), dtype=torch.float64))), norm="none"
+    )
+    noise = {"noise": torch.rand(3, 4, 3, generator=g).double(), "action_noise": torch.rand(3, 4, 1).double()}
+    with torch.no_grad():
+        got = model.imagine(policy, inputs["state"], 3, **noise)
+        with _native.disabled():
+            want = model.imagine(policy, inputs["state"], 3, **noise)
+    assert got.path == "kernel"
+    assert got.action.isnan().all()
+    for a, b in ((got.deter, want.deter), (got.stoch, want.stoch), (got.action, want.action)):
+        assert torch.equal(a.isnan(), b.isnan())
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_step_says_nan_with_and_without_gradients(cell):
+    model = make(cell)
+    inputs = window(model, 1, 2)
+    inputs["embed"][0, 0] = float("nan")
+    step = {k: x if k == "state" else x[0] for k, x in inputs.items()}
+    state = step.pop("state")
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            result = model.step(state, **step)
+        assert result.stoch[0].isnan().all()
+        assert not result.stoch[1].isnan().any()
+
+
 @pytest.mark.parametrize(("N", "deter", "stoch", "classes"), [(1, 40, 3, 3), (17, 24, 2, 7), (3, 136, 1, 33)])
 def test_odd_sizes(N, deter, stoch, classes, threads):
     model = make(deter=deter, stoch=stoch, classes=classes, blocks=8, hidden=13)
@@ -214,6 +308,34 @@ def test_odd_sizes(N, deter, stoch, classes, threads):
         want = outputs_and_gradients(model, inputs)
     assert_near(got[0], want[0], 1e-12)
     assert_near(got[1], want[1], 1e-11)
+
+
+ISA = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import test_rssm
+from pywm.ops import _native
+print(_native.module().cpu_isa())
+for cell in test_rssm.CELLS:
+    for classes in (5, 0):
+        test_rssm.test_observe_equals_the_reference(cell, classes, ("layer", "elu"), 4, 3, 2)
+    test_rssm.test_float32_over_a_long_window_under_forced_samples(cell)
+    test_rssm.test_float32_of_a_single_step_under_forced_samples(cell, 8)
+    test_rssm.test_nan_in_a_policy_spreads_as_in_the_reference(cell)
+"""
+
+
+@pytest.mark.parametrize("isa", _native.module().cpu_isas().split() if _native.has_backend("cpu") else [])
+def test_every_instruction_set(isa):
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ISA, os.path.dirname(__file__)],
+        env={**os.environ, "PYWM_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.split() == [isa]
 
 
 def test_no_sequences():
@@ -365,7 +487,7 @@ def test_gradients_go_through_imagination_where_they_are_wanted():
     policy = policy_of(model, "tanh_normal")
     weight = policy.layers[0].weight.requires_grad_()
     imagined = model.imagine(policy, model.initial(4), 3)
-    assert imagined.path == "steps"
+    assert imagined.path == "kernel"
     imagined.deter[-1].sum().backward()
     assert weight.grad.abs().max() > 0
     assert model.gates.weight.grad.abs().max() > 0
@@ -422,46 +544,6 @@ def test_noise_and_a_seed_exclude_each_other():
 
 
 # ---- the dispatcher ------------------------------------------------------------------------------------------------------
-
-
-def test_compiles_in_one_graph():
-    model = make(dtype=torch.float32)
-    inputs = window(model, 3, 2, torch.float32)
-
-    def loss(embed):
-        result = model.observe(**{**inputs, "embed": embed})
-        return result.deter.square().mean() + result.posterior.square().mean() + result.prior.mean()
-
-    grads = []
-    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        embed = inputs["embed"].clone().requires_grad_()
-        value = run(embed)
-        grads.append((value, *torch.autograd.grad(value, [embed, *model.parameters()], allow_unused=True)))
-    assert_near(grads[1], grads[0], 1e-5)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("classes", [3, 0])
-def test_opcheck(cell, classes):
-    model = make(cell, classes, deter=8, hidden=4, stoch=2, embed=3)
-    inputs = window(model, 2, 2)
-    tensors, present = pywm.ops.rssm_scan.flat(model.params())
-    scan = pywm.ops.rssm_scan.Scan.of(model.config, present)
-    state = RSSMState(
-        inputs["state"].deter.requires_grad_(), inputs["state"].stoch.flatten(1).requires_grad_()
-    )
-    arguments = (
-        inputs["embed"].requires_grad_(),
-        inputs["prev_action"].requires_grad_(),
-        inputs["is_first"],
-        *state,
-        inputs["noise"],
-        None,
-        None,
-        tensors,
-        *scan,
-    )
-    torch.library.opcheck(torch.ops.pywm.rssm_observe.default, arguments)
 
 
 def test_autocast_leaves_the_model_in_full_precision():
@@ -575,9 +657,14 @@ def test_sampled_frequencies_are_those_of_the_distribution():
         (
             {"force_stoch": torch.full((3, 2, 3), 5)},
             ValueError,
-            r"force_stoch has 5, but classes in \[0, 5\)",
+            r"force_stoch is 5 somewhere, but classes in \[0, 5\)",
         ),
         ({"force_stoch": torch.zeros(3, 2, 3)}, TypeError, "force_stoch is torch.float32"),
+        (
+            {"state": RSSMState(torch.zeros(2, 24), torch.full((2, 3), 7, dtype=torch.uint8))},
+            ValueError,
+            r"state.stoch is 7 somewhere, but classes in \[0, 5\)",
+        ),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -805,6 +892,13 @@ def test_a_step_draws_as_often_whoever_serves_it():
             drawn.append((step.index, torch.rand(1)))
     assert torch.equal(drawn[0][0], drawn[1][0])
     assert torch.equal(drawn[0][1], drawn[1][1])
+
+
+def test_a_function_is_no_noise():
+    model = make(dtype=torch.float32).requires_grad_(False)
+    action = torch.zeros(2, model.config.action)
+    with pytest.raises(TypeError, match=r"rssm_step: noise is a function, but a torch\.Tensor was expected"):
+        model.step(model.initial(2), action, noise=lambda: torch.zeros(2, 3))
 
 
 def test_weights_changed_in_place_are_seen_by_the_next_step():

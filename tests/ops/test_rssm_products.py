@@ -181,6 +181,26 @@ def test_recordings_are_played_with_new_inputs_and_weights(recorder):
     assert recorder.played == 2 * 5
 
 
+def test_recordings_round_the_weights_as_they_are(recorder):
+    model = make(operands="bfloat16", dtype=torch.float32)
+    inputs = {
+        k: RSSMState(*(y.float() for y in x)) if k == "state" else x.float() if x.is_floating_point() else x
+        for k, x in window(model, 4, 3).items()
+    }
+    found = []
+    with torch.no_grad(), rssm_products.forced():
+        for _ in range(4):
+            found.append(model.observe(**inputs).deter)
+            model.gates.weight.mul_(1.5)
+        assert recorder.played == 3
+        model.gates.weight.div_(1.5**4)
+        recorder.graphs.clear()
+        for got in found:
+            assert_near([got], [model.observe(**inputs).deter], 1e-2)
+            model.gates.weight.mul_(1.5)
+    assert all((a - b).abs().max() > 0.05 for a, b in itertools.pairwise(found))
+
+
 def test_other_shapes_forms_and_weights_have_recordings_of_their_own(recorder):
     models = [make(), make(), make(form=("layer", "elu"))]
     with rssm_products.forced(), torch.no_grad():
