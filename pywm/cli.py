@@ -298,6 +298,8 @@ def _device(command: str, name: str) -> str:
 def _run_training(
     module: Any, given: _Given, config: Any, options: Any, device: str, note: str, argv: list[str]
 ) -> int:
+    import torch
+
     from pywm.config import to_json
     from pywm.envs import make
     from pywm.ops import _native, backend
@@ -309,6 +311,8 @@ def _run_training(
     make(env, 1, max_episode_steps=getattr(config, "max_episode_steps", None)).close()
     log.info("%s on %s, seed %d, %s", given.algo, env, config.seed, device)
     log.info("%s", note)
+    if torch.device(device).type == "cpu" and torch.cuda.is_available():
+        log.warning("training runs on the CPU, although torch sees a GPU: --device cuda uses it")
     served = backend().get(device.partition(":")[0])
     if served is not None and served.name == "reference":
         _native.tell(served.why)
@@ -428,6 +432,65 @@ def _eval(argv: list[str]) -> int:
 
 
 @dataclasses.dataclass
+class _Dream:
+    """Show what a run's world model imagines beside what happened: it looks at the first rows of an episode, then goes on
+    under the actions that were taken. Pictures become a strip (truth, prediction, error), vectors curves; both a GIF, too.
+    """
+
+    run: str
+    """a run directory of an algorithm with a world model"""
+    steps: int = 45
+    """rows to imagine"""
+    context: int = 5
+    """rows to look at first"""
+    sequences: int = 3
+    """episodes"""
+    seed: int | None = None
+    """of the environments and the samples; by default one that training did not use"""
+    checkpoint: str = "latest"
+    """latest, best, or a name like step_00050000"""
+    device: str = "cpu"
+    """where the networks run"""
+    out: str | None = None
+    """folder of the files; RUN/dreams by default"""
+
+
+def _dream(argv: list[str]) -> int:
+    from pywm import algos
+    from pywm.training import checkpoint
+    from pywm.training.dream import dream, write_dream
+    from pywm.training.evaluate import EVAL_SEED
+
+    arguments = _parse(_Dream, "pywm dream", argv)
+    if arguments.sequences < 1:
+        raise UserError(f"dream: sequences is {arguments.sequences}, but expected 1 or more")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**31:
+        raise UserError(f"dream: seed is {arguments.seed}, but expected a number in [0, {2**31 - 1}]")
+    agent, envs = algos.load(
+        arguments.run,
+        num_envs=arguments.sequences,
+        which=arguments.checkpoint,
+        device=_device("dream", arguments.device),
+    )
+    seed = EVAL_SEED if arguments.seed is None else arguments.seed
+    checkpoint.seed_rng(seed)
+    try:
+        if not hasattr(agent, "open_loop"):
+            raise UserError(f"dream: {arguments.run} is of an algorithm without a world model")
+        found = dream(agent, envs, steps=arguments.steps, context=arguments.context, seed=seed)
+    finally:
+        envs.close()
+    folder = Path(arguments.run) / "dreams" if arguments.out is None else Path(arguments.out)
+    for path in write_dream(found, folder):
+        _out(str(path))
+    errors = found.errors()
+    ahead = [k for k in (1, 5, 15, 30, 45) if found.context + k <= len(errors)]
+    figures = ", ".join(f"{errors[found.context + k - 1]:.4g} after {k}" for k in ahead)
+    log.info("mean squared error: %.4g while looking; imagined: %s", errors[: found.context].mean(), figures)
+    return 0
+
+
+@dataclasses.dataclass
 class _Plot:
     """Draw the learning curves of runs: every seed, their interquartile mean and its confidence band."""
 
@@ -458,10 +521,14 @@ def _plot(argv: list[str]) -> int:
 
 @dataclasses.dataclass
 class _CheckEnv:
-    """Check an environment: spaces, dtypes, seeding, autoreset, final observations, bad actions."""
+    """Check an environment: spaces, dtypes, seeding, autoreset, final observations, bad actions. Say what DreamerV3 makes
+    of it: how each key of the observation enters, the head of the actions, the settings, the memory of the replay.
+    """
 
     env: str
     """an id like CartPole-v1 or my_pkg:MyEnv-v0"""
+    json: bool = False
+    """print one JSON object"""
 
 
 def _check_env(argv: list[str]) -> int:
@@ -469,8 +536,35 @@ def _check_env(argv: list[str]) -> int:
     from pywm.envs import check_env
 
     report = check_env(arguments.env)
+    views = _views(arguments.env)
+    if arguments.json:
+        _out(json.dumps({"env": arguments.env, "ok": report.ok, **dataclasses.asdict(report), **views}))
+        return 0 if report.ok else 3
     _out(str(report))
+    for algo, view in views.items():
+        if "refused" in view:
+            _out(f"{algo} refuses it: {view['refused']}")
+            continue
+        width = max(map(len, view))
+        _out("\n".join([f"{algo} sees", *(f"  {key:{width}}  {text}" for key, text in view.items())]))
     return 0 if report.ok else 3
+
+
+def _views(env: str) -> dict[str, dict[str, str]]:
+    """Return what every algorithm that tells makes of an environment, or ``"refused"`` and why."""
+    from pywm import algos
+
+    views = {}
+    for algo in algos.algorithms():
+        module = algos.get(algo)
+        if not hasattr(module, "describe"):
+            continue
+        try:
+            config, _, note = _defaults(module, _Given(algo, env))
+            views[algo] = {**module.describe(config, env), "settings": note}
+        except PywmError as error:
+            views[algo] = {"refused": str(error)}
+    return views
 
 
 @dataclasses.dataclass
@@ -633,9 +727,18 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
         "pywm eval RUN [--episodes N] [--json] [--gif FILE]",
         "play episodes with a trained agent",
     ),
+    "dream": (
+        _dream,
+        "pywm dream RUN [--steps N] [--context N]",
+        "show what a run's world model imagines beside what happened",
+    ),
     "plot": (_plot, "pywm plot RUN... [--out curves.png]", "draw learning curves with confidence bands"),
     "bench": (_bench, "pywm bench [ops|peers|train]", "measure the speed of the kernels"),
-    "check-env": (_check_env, "pywm check-env ID", "check an environment of your own"),
+    "check-env": (
+        _check_env,
+        "pywm check-env ID [--json]",
+        "check an environment, and say what agents see of it",
+    ),
     "list": (_list, "pywm list [algos|envs|presets]", "list what there is"),
     "doctor": (_doctor, "pywm doctor [--json]", "say what works here, and how to mend what does not"),
 }

@@ -96,6 +96,7 @@ EXTRAS = {
     "wandb": (("wandb", "wandb"),),
     "video": (("imageio", "imageio"), ("imageio_ffmpeg", "imageio-ffmpeg")),
     "plot": (("matplotlib", "matplotlib"),),
+    "sb3": (("stable_baselines3", "stable-baselines3"),),
 }
 
 

@@ -188,6 +188,26 @@ def test_kernels_share_no_code_between_instruction_sets(path: Path) -> None:
                 assert header in PLAIN_HEADERS, f"{source.name} includes <{header}>"
 
 
+# What dispatches, shares out or asks the runtime computes nothing; of the headers, these hold kernels.
+NO_KERNELS = {"cpu/dispatch.cpp", "cpu/parallel.cpp", "cpu/table.cpp", "cuda/device.cu"}
+KERNEL_HEADERS = {"cpu/gemm.h", "cpu/rssm_cells.h", "cuda/scan.cuh"}
+KERNELS = [
+    p
+    for p in SOURCES
+    if p.parent.name in {"cpu", "cuda"}
+    and (p.suffix in {".cpp", ".cu"} or str(p.relative_to(CSRC)) in KERNEL_HEADERS)
+    and str(p.relative_to(CSRC)) not in NO_KERNELS
+]
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=[str(p.relative_to(CSRC)) for p in KERNELS])
+def test_kernels_say_what_they_do(path: Path) -> None:
+    comment = re.match(r"(?://.*\n)*", path.read_text())
+    assert comment is not None
+    words = re.findall(r"^// (What|Layout|Mapping|Cost|Numerics|Source):", comment[0], re.MULTILINE)
+    assert words == ["What", "Layout", "Mapping", "Cost", "Numerics", "Source"]
+
+
 def test_every_source_is_built() -> None:
     built = set(re.findall(r"csrc/[\w/]+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text()))
     assert built == {str(p.relative_to(ROOT)) for p in SOURCES if p.suffix in {".cpp", ".cu"}}

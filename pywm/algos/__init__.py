@@ -86,7 +86,7 @@ def load(
     about = read_run(run_dir)
     module = get(about["algo"])
     config = from_json(module.Config, about["config"])
-    loaded = checkpoint.load(Path(run_dir) / "checkpoints", which=which)
+    loaded = checkpoint.load(Path(run_dir) / "checkpoints", which=which, parts=("agent",))
     state = checkpoint.part(loaded.state, "agent")
     if state is None:
         raise CheckpointError(f"{loaded.path}: holds no agent")

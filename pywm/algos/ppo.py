@@ -38,7 +38,7 @@ from pywm.errors import CheckpointError, UserError
 from pywm.nn import MLP, Encoder
 from pywm.ops import gae, ppo_loss
 from pywm.optim import Adam, FlatParameters
-from pywm.training.checkpoint import join, part
+from pywm.training.checkpoint import MISFITS, join, part, reason
 from pywm.training.run import NullRun, Run, assert_finite
 from pywm.types import Obs, State
 
@@ -320,12 +320,15 @@ class Agent:
         }
         self._generator = torch.Generator(self.device).manual_seed(actions_seed)
 
-    def act(self, obs: Obs, state: Any = None, *, greedy: bool = False) -> tuple[np.ndarray, Any]:
+    def act(
+        self, obs: Obs, state: Any = None, *, is_first: np.ndarray | None = None, greedy: bool = False
+    ) -> tuple[np.ndarray, Any]:
         """Choose an action for each environment; the normaliser's statistics stay as they are.
 
         Args:
             obs: ``[N, ...]``, or a dict of such arrays, as ``Envs`` gives them.
             state: what the last call returned; PPO has no memory and hands it back.
+            is_first: ``[N]`` bool, where an episode begins; nothing to PPO.
             greedy: take the most probable action instead of a random one.
 
         Returns:
@@ -390,8 +393,8 @@ class Agent:
             self._generator.set_state(state.tensors["generator"])
             if self.normalizer is not None:
                 self.normalizer.load_state(_arrays(state, "normalizer."))
-        except _MISFITS as error:
-            raise CheckpointError(f"ppo.Agent.load_state: {_reason(error)}") from error
+        except MISFITS as error:
+            raise CheckpointError(f"ppo.Agent.load_state: {reason(error)}") from error
 
 
 def train(
@@ -720,8 +723,8 @@ class Learner:
             raise CheckpointError(f"{run.resumed.path}: holds no PPO agent and learner")
         try:
             self._load_state(agent, learner, envs, run)
-        except _MISFITS as error:
-            raise CheckpointError(f"{run.resumed.path}: does not fit: {_reason(error)}") from error
+        except MISFITS as error:
+            raise CheckpointError(f"{run.resumed.path}: does not fit: {reason(error)}") from error
 
     def _load_state(self, agent: State, learner: State, envs: State | None, run: Run) -> None:
         assert run.resumed is not None
@@ -750,15 +753,6 @@ class Learner:
         else:
             self.envs.set_state(envs)
             self.rollout.write_obs(-1, self._normalize(self.envs.obs, update=False))
-
-
-# What a state raises whose contents are not what they should be.
-_MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
-
-def _reason(error: Exception) -> str:
-    """Say in words what a bare error of Python means."""
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 STATS = ("loss/policy", "loss/value", "entropy", "clip_fraction", "kl", "grad_norm")

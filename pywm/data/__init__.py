@@ -1,6 +1,17 @@
-"""What lies between environments and learning: rollouts and running normalisation."""
+"""What lies between environments and learning: rollouts, replay and running normalisation."""
 
 from pywm.data.normalize import ObsNormalizer, RewardNormalizer, RunningMeanStd
-from pywm.data.rollout import Rollout
+from pywm.data.replay import Handles, Replay, Sequences
+from pywm.data.rollout import FinalObs, Rollout, Slot
 
-__all__ = ["ObsNormalizer", "RewardNormalizer", "Rollout", "RunningMeanStd"]
+__all__ = [
+    "FinalObs",
+    "Handles",
+    "ObsNormalizer",
+    "Replay",
+    "RewardNormalizer",
+    "Rollout",
+    "RunningMeanStd",
+    "Sequences",
+    "Slot",
+]

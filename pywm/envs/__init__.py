@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pywm.envs.checks import Report, check_env, check_vector_env
 from pywm.envs.make import EnvLike, make
-from pywm.envs.spaces import ObsKeys, is_image, split_keys
+from pywm.envs.spaces import Choices, ObsKeys, is_image, split_keys
 from pywm.envs.vector import Envs, Episode
 
 __all__ = [
+    "Choices",
     "EnvLike",
     "Envs",
     "Episode",

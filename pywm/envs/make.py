@@ -17,7 +17,10 @@ from typing import Any
 import gymnasium
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-import pywm.envs.toy  # noqa: F401  (registers our own environments)
+# These register our own environments.
+import pywm.envs.grid
+import pywm.envs.tmaze
+import pywm.envs.toy  # noqa: F401
 from pywm.config import suggest
 from pywm.envs.atari import Atari
 from pywm.envs.cartpole import CartPole

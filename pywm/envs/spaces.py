@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from gymnasium import spaces
 from pywm.errors import UserError
 from pywm.types import Obs
 
-__all__ = ["ActionCheck", "ObsKeys", "ObsLayout", "is_image", "split_keys"]
+__all__ = ["ActionCheck", "Choices", "ObsKeys", "ObsLayout", "is_image", "last_frame", "origin", "split_keys"]
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,22 @@ class ObsKeys(NamedTuple):
 
     image: tuple[str, ...]
     vector: tuple[str, ...]
+
+
+class Choices(spaces.Box):
+    """A vector of zeros and ones that stands for choices: what a discrete observation becomes.
+
+    Args:
+        shape: of the vector.
+        classes: of each choice, one-hots of which lie side by side; empty where every number is a bit by itself.
+
+    Attributes:
+        classes: the same.
+    """
+
+    def __init__(self, shape: tuple[int, ...], classes: tuple[int, ...] = ()) -> None:
+        super().__init__(0.0, 1.0, shape, np.float32)
+        self.classes = classes
 
 
 def is_image(space: Space) -> bool:
@@ -63,6 +79,16 @@ def split_keys(space: Space) -> ObsKeys:
     return ObsKeys(image, tuple(key for key in parts if key not in image))
 
 
+def last_frame(picture: np.ndarray) -> np.ndarray:
+    """Return the colours ``[..., 3, height, width]`` of a (converted) picture ``[..., C, height, width]``.
+
+    Of a stack of frames they are the last one's; a channel alone is grey.
+    """
+    if picture.shape[-3] % 3 == 0:
+        return picture[..., -3:, :, :]
+    return np.repeat(picture[..., -1:, :, :], 3, -3)
+
+
 class ObsLayout:
     """How batches of raw observations become pywm's: the converted space and the function that converts.
 
@@ -70,9 +96,9 @@ class ObsLayout:
     Box uint8             unchanged; pictures ``[h, w, C]``, ``[h, w]`` and stacks ``[k, h, w, C]``
                           become ``[C, h, w]``, ``[1, h, w]`` and ``[k·C, h, w]``
     Box, other dtypes     float32
-    Discrete              one-hot float32 ``[n]``
-    MultiDiscrete         one-hots side by side, float32
-    MultiBinary           float32
+    Discrete              one-hot float32 ``[n]``, a :class:`Choices`
+    MultiDiscrete         one-hots side by side, float32, a :class:`Choices`
+    MultiBinary           float32, a :class:`Choices`
     Dict                  a flat dict; keys of nested Dicts are joined with ``/``
     texts inside a Dict   left out, with a warning in the log
     ====================  ==============================================================================
@@ -83,6 +109,8 @@ class ObsLayout:
 
     Attributes:
         space: the converted space of a single environment.
+        original: the space that was given, without the texts.
+        originals: the space that each key of ``space`` was made of.
         identity: whether ``convert`` hands its argument back unchanged.
 
     Raises:
@@ -91,6 +119,7 @@ class ObsLayout:
 
     def __init__(self, space: Space, name: str = "environment") -> None:
         self._leaves: list[tuple[str, tuple[str, ...], Convert | None]] = []
+        self.originals: dict[str, Space] = {}
         converted: dict[str, Space] = {}
         for path, leaf in _leaves(space, ()):
             # By dtype, because packages have classes of their own for texts (MiniGrid's mission).
@@ -100,10 +129,12 @@ class ObsLayout:
             key = "/".join(path) or "obs"
             converted[key], convert = _convert_leaf(leaf, key, name)
             self._leaves.append((key, path, convert))
+            self.originals[key] = leaf
         if not converted:
             raise UserError(f"{name}: the observation space is {space}, but expected at least one array")
         is_dict = isinstance(space, spaces.Dict)
         self.space: Space = spaces.Dict(converted) if is_dict else converted["obs"]
+        self.original: Space = _without_texts(space)
         self._single = None if is_dict else self._leaves[0][2]
         self._is_dict = is_dict
         self.identity = not is_dict and self._single is None
@@ -120,6 +151,27 @@ class ObsLayout:
             obs[key] = part if convert is None else convert(part)
         return obs
 
+    def invert(self, obs: Mapping[str, np.ndarray]) -> Any:
+        """Turn what looks like converted observations into elements of ``original``: the nearest, by rounding and clipping.
+
+        Args:
+            obs: ``key -> [N, ...]`` floats; a space without keys is the single key ``"obs"``.
+
+        Returns:
+            A batch as the environment itself would give it: an array, or a (nested) dict of arrays. What is one of
+            several choices is the largest of its numbers.
+        """
+        raw: dict[str, Any] = {}
+        for key, path, _ in self._leaves:
+            part = _invert_leaf(self.originals[key], np.asarray(obs[key]))
+            if not path:
+                return part
+            below = raw
+            for step in path[:-1]:
+                below = below.setdefault(step, {})
+            below[path[-1]] = part
+        return raw
+
 
 @functools.cache
 def _say_left_out(name: str, key: str) -> None:
@@ -132,13 +184,26 @@ def _leaves(space: Space, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], 
     return [leaf for key, part in space.spaces.items() for leaf in _leaves(part, (*path, str(key)))]
 
 
+def _without_texts(space: Space) -> Space:
+    if not isinstance(space, spaces.Dict):
+        return space
+    parts = {key: _without_texts(part) for key, part in space.spaces.items()}
+    # A Dict in which nothing is left has no leaf in the observation either.
+    kept = {
+        key: part
+        for key, part in parts.items()
+        if (part.spaces if isinstance(part, spaces.Dict) else part.dtype is None or part.dtype.kind != "U")
+    }
+    return space if kept == dict(space.spaces) else spaces.Dict(kept)
+
+
 def _convert_leaf(space: Space, key: str, name: str) -> tuple[spaces.Box, Convert | None]:
     if isinstance(space, spaces.Box):
         return _convert_box(space)
     if isinstance(space, spaces.Discrete):
         n, start = int(space.n), int(space.start)
         eye = np.eye(n, dtype=np.float32)
-        return spaces.Box(0.0, 1.0, (n,), np.float32), lambda raw: eye[np.asarray(raw) - start]
+        return Choices((n,), (n,)), lambda raw: eye[np.asarray(raw) - start]
     if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
         starts = np.asarray(space.start)
         eyes = [np.eye(int(n), dtype=np.float32) for n in space.nvec]
@@ -147,14 +212,29 @@ def _convert_leaf(space: Space, key: str, name: str) -> tuple[spaces.Box, Conver
             index = np.asarray(raw) - starts
             return np.concatenate([eye[index[:, k]] for k, eye in enumerate(eyes)], axis=1)
 
-        return spaces.Box(0.0, 1.0, (int(space.nvec.sum()),), np.float32), one_hots
+        return Choices((int(space.nvec.sum()),), tuple(int(n) for n in space.nvec)), one_hots
     if isinstance(space, spaces.MultiBinary):
-        return spaces.Box(0.0, 1.0, space.shape, np.float32), _to_float32
+        return Choices(space.shape), _to_float32
     raise UserError(
         f"{name}: the observation space of key {key!r} is {space}, but expected Box, Discrete, "
         "MultiDiscrete, MultiBinary or a Dict of these. Wrap the environment in "
         "gymnasium.wrappers.FlattenObservation, or leave the key out: gymnasium.wrappers.FilterObservation"
     )
+
+
+def origin(space: Space) -> str:
+    """Say in a few words what the numbers of a vector key are, whose space was ``space`` before it was converted."""
+    if isinstance(space, spaces.Discrete):
+        return f"a one-hot of Discrete({space.n})"
+    if isinstance(space, spaces.MultiDiscrete):
+        return f"one-hots of MultiDiscrete({space.nvec.tolist()})"
+    if isinstance(space, spaces.MultiBinary):
+        return "bits"
+    text = str(space.dtype)
+    if len(space.shape or ()) < 2:
+        return text
+    # What was meant as a picture and is none would learn slowly, and nothing else would tell.
+    return f"{text}, flattened: a picture would be uint8 with sides of {MIN_IMAGE_SIDE} or more"
 
 
 def _to_float32(raw: Any) -> np.ndarray:
@@ -179,6 +259,33 @@ def _convert_box(space: spaces.Box) -> tuple[spaces.Box, Convert | None]:
     low = to_channels_first(space.low[None])[0]
     high = to_channels_first(space.high[None])[0]
     return spaces.Box(low, high, dtype=np.uint8), to_channels_first
+
+
+def _invert_leaf(space: Space, x: np.ndarray) -> np.ndarray:
+    if isinstance(space, spaces.Discrete):
+        return x.argmax(-1) + np.int64(space.start)
+    if isinstance(space, spaces.MultiDiscrete):
+        groups = np.split(x, np.cumsum(space.nvec)[:-1], -1)
+        index = np.stack([group.argmax(-1) for group in groups], -1) + space.start
+        return index.astype(space.dtype)
+    if isinstance(space, spaces.MultiBinary):
+        return (x > 0.5).astype(space.dtype)
+    assert isinstance(space, spaces.Box)
+    axes = _image_axes(space.shape) if space.dtype == np.uint8 else None
+    if axes is not None:
+        moved = x.reshape(len(x), *(space.shape[axis] for axis in axes))
+        x = np.transpose(moved, (0, *(int(axis) + 1 for axis in np.argsort(axes))))
+    low, high = space.low, space.high
+    if space.dtype.kind == "f":
+        # An open bound still excludes infinity.
+        limit = np.finfo(space.dtype).max
+        low, high = np.maximum(low, -limit), np.minimum(high, limit)
+        with np.errstate(over="ignore"):
+            x = x.astype(space.dtype)
+        return np.clip(x, low, high)
+    # In floats first: a number beyond an integer's range would come out at the other end of it.
+    wide = np.float32 if space.dtype.itemsize <= 2 else np.float64
+    return np.ascontiguousarray(np.clip(np.rint(x.astype(wide)), low, high)).astype(space.dtype)
 
 
 def _image_axes(shape: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -61,6 +61,7 @@ class Envs:
         num_envs: ``N``.
         name: what messages call the environment.
         observation_space: of a single environment, as converted: a Box or a flat Dict of Boxes.
+        originals: the environment's own space of each key of the observation; a single one is called ``"obs"``.
         action_space: of a single environment; Discrete spaces count from 0.
         restorable: whether ``get_state`` and ``set_state`` work.
         env: the vector environment itself.
@@ -82,6 +83,7 @@ class Envs:
         self._layout = ObsLayout(env.single_observation_space, self.name)
         self._check = ActionCheck(env.single_action_space, self.num_envs, self.name)
         self.observation_space: spaces.Space[Any] = self._layout.space
+        self.originals = self._layout.originals
         self.action_space: spaces.Space[Any] = self._check.space
         self.restorable = _is_restorable(env)
         self._fresh = _returns_fresh_arrays(env)

@@ -7,12 +7,15 @@ A checkpoint is one directory, written under another name and renamed when every
                               manifest.json       size and SHA-256 of every other file
     checkpoints/LATEST, BEST                      names of step directories, for people and scripts
 
+Parts that only the newest checkpoint is to keep, such as a replay, are dropped from the older ones when a newer one stands.
+
 Reading trusts nothing: sizes, hashes and safetensors headers are checked before a tensor is built, links
 are refused, and no format that can hold code (pickle, ``.pt``) is ever opened.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -22,7 +25,7 @@ import random
 import re
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +37,7 @@ from pywm.errors import CheckpointError
 from pywm.types import State
 
 __all__ = [
+    "MISFITS",
     "Loaded",
     "clean",
     "join",
@@ -41,6 +45,7 @@ __all__ = [
     "load",
     "part",
     "quarantine",
+    "reason",
     "rng_state",
     "save",
     "seed_rng",
@@ -80,12 +85,14 @@ class Loaded(NamedTuple):
         state: what was saved.
         path: its directory.
         skipped: newer directories that failed their checks, with the reason.
+        dropped: parts that it once held, and that only the newest checkpoint keeps.
     """
 
     step: int
     state: State
     path: Path
     skipped: tuple[tuple[Path, str], ...] = ()
+    dropped: tuple[str, ...] = ()
 
 
 def join(parts: Mapping[str, State | None]) -> State:
@@ -115,6 +122,15 @@ def part(state: State, name: str) -> State | None:
     if name not in state.data and not tensors:
         return None
     return State(tensors, state.data.get(name, {}))
+
+
+MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a state raises whose contents are not what they should be."""
+
+
+def reason(error: Exception) -> str:
+    """Say in words what a bare error of Python means."""
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def seed_rng(seed: int) -> None:
@@ -173,7 +189,15 @@ def set_rng_state(state: State, *, try_only: bool = False) -> None:
             torch.cuda.set_rng_state(tensor.cpu(), int(index))
 
 
-def save(root: Path | str, step: int, state: State, *, keep_last: int = 3, best: bool = False) -> Path:
+def save(
+    root: Path | str,
+    step: int,
+    state: State,
+    *,
+    keep_last: int = 3,
+    best: bool = False,
+    newest_only: Collection[str] = (),
+) -> Path:
     """Write one checkpoint so that a kill at any moment leaves either it or the one before it.
 
     Args:
@@ -182,6 +206,7 @@ def save(root: Path | str, step: int, state: State, *, keep_last: int = 3, best:
         state: tensors on any device, and JSON data.
         keep_last: how many of the newest checkpoints stay (the best and this one always do).
         best: also make this the best one.
+        newest_only: parts that the checkpoints of earlier steps lose, the best one too, once this one stands.
 
     Returns:
         The checkpoint's directory.
@@ -231,6 +256,9 @@ def save(root: Path | str, step: int, state: State, *, keep_last: int = 3, best:
     if best:
         _point(root, "BEST", final.name)
     _prune(root, final, keep_last)
+    for path in list_checkpoints(root):
+        if step_of(path) < step:
+            _thin(path, newest_only)
     return final
 
 
@@ -354,6 +382,41 @@ def _prune(root: Path, newest: Path, keep_last: int) -> None:
                 log.warning("cannot remove the old checkpoint %s: %s", path, error)
 
 
+def _thin(path: Path, parts: Collection[str]) -> None:
+    """Drop parts of an older checkpoint: first from its manifest, in one step, then from the disk."""
+    names = {f"{name}.safetensors": name for name in parts}
+    if path.is_symlink() or not any(os.path.lexists(path / name) for name in names):
+        return
+    try:
+        manifest = _read_json(path, "manifest.json", _MAX_MANIFEST)
+        files = _check_manifest(path, manifest, step_of(path))
+        lost = sorted(names.keys() & files.keys())
+        if lost:
+            manifest["files"] = {name: entry for name, entry in files.items() if name not in lost}
+            manifest["dropped"] = sorted({*_dropped(manifest), *(names[name] for name in lost)})
+            temporary = path.with_name(f".tmp-{path.name}-manifest.json")  # where `clean` finds it
+            _write(temporary, json.dumps(manifest, indent=1, sort_keys=True))
+            os.replace(temporary, path / "manifest.json")
+            _fsync(path)
+        _remove_dropped(path)
+    except (OSError, CheckpointError) as error:
+        log.warning("cannot drop %s of the old checkpoint %s: %s", ", ".join(parts), path, error)
+
+
+def _remove_dropped(path: Path) -> None:
+    """Remove the files of the parts that a checkpoint's manifest says were dropped."""
+    manifest = _read_json(path, "manifest.json", _MAX_MANIFEST)
+    _check_manifest(path, manifest, step_of(path))
+    for name in _dropped(manifest):
+        file = path / f"{name}.safetensors"
+        if os.path.lexists(file):
+            file.unlink()
+
+
+def _dropped(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(manifest.get("dropped", ()))
+
+
 def _remove(path: Path) -> None:
     if path.is_symlink() or path.is_file():
         path.unlink()
@@ -372,6 +435,9 @@ def clean(root: Path | str) -> None:
             os.rename(path, root / name.removeprefix(".old-"))  # killed between the two renames
         elif name.startswith((".tmp-", ".del-", ".old-")):
             _remove(path)
+        elif _STEP_NAME.fullmatch(name) and not path.is_symlink():
+            with contextlib.suppress(OSError, CheckpointError):  # a damaged one is for `load` to name
+                _remove_dropped(path)
 
 
 def quarantine(skipped: tuple[tuple[Path, str], ...]) -> None:
@@ -403,12 +469,13 @@ def list_checkpoints(root: Path | str) -> list[Path]:
     return sorted((path for path in root.iterdir() if _STEP_NAME.fullmatch(path.name)), key=step_of)
 
 
-def load(root: Path | str, *, which: str = "latest") -> Loaded:
+def load(root: Path | str, *, which: str = "latest", parts: Collection[str] | None = None) -> Loaded:
     """Load the newest checkpoint that passes every check, saying which ones did not.
 
     Args:
         root: the run's ``checkpoints`` directory.
         which: ``"latest"``, ``"best"``, or the name of a step directory (then nothing else is tried).
+        parts: what to read; everything by default. The others are neither read nor checked, however large they are.
 
     Raises:
         CheckpointError: there is none, or none of that name, or none is valid; the message names what is there, or
@@ -436,7 +503,7 @@ def load(root: Path | str, *, which: str = "latest") -> Loaded:
     skipped: list[tuple[Path, str]] = []
     for i, path in enumerate(candidates):
         try:
-            loaded = _load_one(path)
+            loaded = _load_one(path, parts)
         except CheckpointError as error:
             skipped.append((path, str(error)))
             following = (
@@ -449,10 +516,10 @@ def load(root: Path | str, *, which: str = "latest") -> Loaded:
     raise CheckpointError(f"no valid checkpoint in {root}:\n{reasons}")
 
 
-def _load_one(path: Path) -> Loaded:
+def _load_one(path: Path, parts: Collection[str] | None) -> Loaded:
     from safetensors.torch import load_file
 
-    names = verify(path)
+    names = verify(path, parts)
     tensors: dict[str, Tensor] = {}
     for name in names:
         if name.endswith(".safetensors"):
@@ -463,9 +530,12 @@ def _load_one(path: Path) -> Loaded:
     data = _read_json(path, "state.json", _MAX_JSON)
     if not isinstance(data, dict):
         raise CheckpointError(f"{path.name}: state.json does not hold an object")
-    state = State(tensors, data)
+    dropped = _dropped(_read_json(path, "manifest.json", _MAX_MANIFEST))
+    # Half a part, its numbers without its tensors, would be taken for damage.
+    kept = {k: v for k, v in data.items() if k not in dropped and (parts is None or k in parts)}
+    state = State(tensors, kept)
     _check_parts(path, state)
-    return Loaded(step_of(path), state, path)
+    return Loaded(step_of(path), state, path, dropped=dropped)
 
 
 def _check_parts(path: Path, state: State) -> None:
@@ -496,22 +566,31 @@ def _check_parts(path: Path, state: State) -> None:
             ) from error
 
 
-def verify(path: Path) -> list[str]:
+def verify(path: Path, parts: Collection[str] | None = None) -> list[str]:
     """Check a checkpoint directory completely, without building a tensor.
 
+    Args:
+        path: the directory.
+        parts: whose tensors to check; all by default.
+
     Returns:
-        The names of its files.
+        The names of the files that were checked.
 
     Raises:
         CheckpointError: naming the directory, the file and the fault.
     """
     path = Path(path)
+    wanted = None if parts is None else {f"{name}.safetensors" for name in parts}
     step = step_of(path)
     try:
         if not stat.S_ISDIR(path.lstat().st_mode):
             raise CheckpointError(f"{path.name}: is not a directory of its own (links are refused)")
         manifest = _read_json(path, "manifest.json", _MAX_MANIFEST)
         files = _check_manifest(path, manifest, step)
+        if wanted is not None:
+            files = {
+                name: x for name, x in files.items() if name in wanted or not name.endswith(".safetensors")
+            }
         for name, entry in files.items():
             size = _regular_size(path, name)
             if size != entry["size"]:
@@ -584,6 +663,12 @@ def _check_manifest(path: Path, manifest: Any, step: int) -> dict[str, dict[str,
             or not isinstance(entry.get("sha256"), str)
         ):
             raise fault(f"has no size and sha256 for {name}")
+    dropped = manifest.get("dropped", [])
+    if not isinstance(dropped, list) or not all(
+        isinstance(name, str) and _PART_NAME.fullmatch(name) and f"{name}.safetensors" not in files
+        for name in dropped
+    ):
+        raise fault(f"has {str(dropped)[:80]} for what was dropped, but expected names of parts it lacks")
     return files
 
 

@@ -19,7 +19,9 @@ MAX_STEPS = 100_000
 
 
 class _Agent(Protocol):
-    def act(self, obs: Obs, state: Any = None, *, greedy: bool = False) -> tuple[np.ndarray, Any]: ...
+    def act(
+        self, obs: Obs, state: Any = None, *, is_first: np.ndarray | None = None, greedy: bool = False
+    ) -> tuple[np.ndarray, Any]: ...
 
 
 class _Envs(Protocol):
@@ -96,11 +98,15 @@ def evaluate(
     finished: list[list[Any]] = [[] for _ in range(N)]
     envs.episodes()  # what an earlier use left behind
     obs, state = envs.reset(seed), None
+    is_first = np.ones(N, dtype=bool)
     steps, began = 0, [0] * N
     _record(envs, frames, wanted=True)
     while any(len(done) < want for done, want in zip(finished, share, strict=True)):
-        action, state = agent.act(obs, state, greedy=greedy)
-        obs = envs.step(action).obs
+        action, state = agent.act(obs, state, is_first=is_first, greedy=greedy)
+        out = envs.step(action)
+        obs = out.obs
+        # Where a step was spent on resetting, the episode begins after it.
+        is_first = out.terminated | out.truncated | ~out.valid
         steps += 1
         for episode in envs.episodes():
             began[episode.env_index] = steps

@@ -226,6 +226,15 @@ class Status:
         other = max(1.0 - sum(self.shares.values()), 0.0)
         return f"{shares} other {other:.0%}" if shares else ""
 
+    def time_report(self) -> str:
+        """Return how long this process took and for what, the longest first; nothing where no phase was timed."""
+        if not self.shares:
+            return ""
+        parts = {**self.shares, "other": max(1.0 - sum(self.shares.values()), 0.0)}
+        shown = sorted(((share, name) for name, share in parts.items() if share >= 0.005), reverse=True)
+        where = ", ".join(f"{name} {share:.0%}" for share, name in shown)
+        return f"time {clock(self.seconds)} at {self.rate:,.0f} env steps/s: {where}"
+
 
 def clock(seconds: float | None) -> str:
     """Format seconds as ``h:mm:ss``."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pywm._version import __version__
+from pywm.data import memory
 
 __all__ = ["facts", "free_disk", "free_memory", "version"]
 
@@ -54,7 +55,7 @@ def free_disk(path: Path | str = ".") -> int:
 
 def free_memory() -> int:
     """Return the bytes of memory that can be had without swapping; 0 where the system does not tell."""
-    return _memory_bytes("MemAvailable")
+    return memory.free_memory() or 0
 
 
 def _memory_bytes(key: str) -> int:

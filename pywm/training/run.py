@@ -68,6 +68,8 @@ log = logging.getLogger(__name__)
 
 # Parts that hold the world's data, which may be what it likes; weights and statistics may not.
 _UNCHECKED_PARTS = ("env", "rng", "replay", "run")
+# Many times as large as all else, and of use to nothing but a resume.
+_NEWEST_ONLY = ("replay",)
 _LEAST = {
     "checkpoint_every": 1,
     "keep_last": 1,
@@ -89,7 +91,8 @@ class RunOptions:
         checkpoint_every: environment steps between checkpoints. Environments that cannot be restored end
             their episodes there, so this is part of the result for them, and a resumed run equals an
             uninterrupted one only where the stop fell on a multiple of it (other environments: wherever it fell).
-        keep_last: how many of the newest checkpoints to keep; the best one is kept besides.
+        keep_last: how many of the newest checkpoints to keep; the best one is kept besides. Only the very newest keeps
+            the replay of an algorithm that has one.
         log_every: environment steps between rows of metrics; 0 is every iteration.
         eval_every: environment steps between evaluations; 0 is never.
         eval_episodes: episodes an evaluation plays.
@@ -484,6 +487,7 @@ class Run:
                 whole,
                 keep_last=self.options.keep_last,
                 best=improved,
+                newest_only=_NEWEST_ONLY,
             )
         self._saved_step, self._last_good = env_steps, path
         if improved:
@@ -526,7 +530,7 @@ class Run:
         self._stop = True
 
     def finish(self, env_steps: int, state: State, *, score: float | None = None) -> None:
-        """Save the last checkpoint and say how to go on, if there is anything left to do.
+        """Save the last checkpoint, and say where the time went and how to go on, if there is anything left to do.
 
         Raises:
             CheckpointError: the disk did not take it; the message has the command to go on with.
@@ -537,7 +541,10 @@ class Run:
         except OSError as error:
             failure = error
         self._status.env_steps = env_steps
+        self._take_shares()
         self._screen.show(self._status, force=True)
+        if report := self._status.time_report():
+            log.info("%s", report)
         self._finished = True
         if failure is not None:
             kept = "there is no checkpoint"
@@ -634,9 +641,12 @@ class Run:
         return times
 
     def _show(self) -> None:
+        self._take_shares()
+        self._screen.show(self._status)
+
+    def _take_shares(self) -> None:
         elapsed = self._status.seconds
         self._status.shares = {name: total / elapsed for name, total in self._clock.seconds.items()}
-        self._screen.show(self._status)
 
     def _write_video(self, frames: list[Any], env_steps: int) -> None:
         from pywm.training import report

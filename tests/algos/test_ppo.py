@@ -217,6 +217,10 @@ OBSERVATIONS: dict[str, spaces.Space] = {
             "speed": spaces.Box(-1.0, 1.0, (2,), np.float32),
         }
     ),
+    "number": spaces.Box(-1.0, 1.0, (), np.float32),
+    "dict with a number": spaces.Dict(
+        {"speed": spaces.Box(-1.0, 1.0, (2,), np.float32), "time": spaces.Box(0.0, 9.0, (), np.float64)}
+    ),
 }
 
 

@@ -30,11 +30,13 @@ def test_help_lists_every_command(pywm: Commands) -> None:
         result = pywm(*argv)
         assert result.code == 0
         assert result.err == ""
-        for command in ("train", "eval", "plot", "bench", "check-env", "list", "doctor"):
+        for command in ("train", "eval", "dream", "plot", "bench", "check-env", "list", "doctor"):
             assert f"pywm {command}" in result.out
 
 
-@pytest.mark.parametrize("command", ["eval", "plot", "bench", "check-env", "list", "doctor", "train"])
+@pytest.mark.parametrize(
+    "command", ["eval", "dream", "plot", "bench", "check-env", "list", "doctor", "train"]
+)
 def test_every_command_has_help(command: str, pywm: Commands) -> None:
     result = pywm(command, "--help")
     assert result.code == 0
@@ -77,7 +79,7 @@ def test_help_is_quick_and_the_module_runs() -> None:
     ("argv", "message"),
     [
         (("trian", "ppo", "CartPole-v1"), "no command 'trian'. Did you mean 'train'?"),
-        (("xyz",), "no command 'xyz'. Choose from bench, check-env, doctor, eval, list, plot, train."),
+        (("xyz",), "no command 'xyz'. Choose from bench, check-env, doctor, dream, eval, list, plot, train."),
         (("train", "Tinny", "CartPole-v1"), "no algorithm 'Tinny'. Did you mean 'tiny'?"),
         (("train", "zzz", "CartPole-v1"), "no algorithm 'zzz'. Choose from"),
         (
@@ -222,6 +224,33 @@ def test_an_environment_s_failure_is_exit_code_3(pywm: Commands) -> None:
     assert "Traceback" not in result.err
     assert "the last good checkpoint is run/checkpoints/step_" in result.err
     assert "pywm train tiny my_pkg:Broken --run-dir run --resume" in result.err
+
+
+@pytest.mark.parametrize(("gpu", "warned"), [(True, True), (False, False)])
+def test_a_gpu_that_is_left_idle_is_told(
+    gpu: bool,
+    warned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "a GPU")
+    argv = [
+        "train",
+        "ppo",
+        "CartPole-v1",
+        "--steps",
+        "64",
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+    ]
+    assert cli.main(argv) == 0
+    err = capsys.readouterr().err
+    found = "warning: training runs on the CPU, although torch sees a GPU: --device cuda uses it" in err
+    assert found == warned
 
 
 def test_a_terminal_gets_the_live_screen(pywm: Commands) -> None:
@@ -497,6 +526,55 @@ def test_check_env_reports_and_its_exit_code_says_the_outcome(pywm: Commands) ->
     bad = pywm("check-env", "my_pkg:Broken")
     assert bad.code == 3, explain(bad)
     assert "the robot fell over" in bad.out + bad.err
+
+
+TWO_CAMERAS = """
+import gymnasium, numpy as np
+from gymnasium import spaces
+
+class TwoCameras(gymnasium.Env):
+    observation_space = spaces.Dict(
+        left=spaces.Box(0, 255, (16, 16, 3), np.uint8), right=spaces.Box(0, 255, (32, 32, 3), np.uint8)
+    )
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(int(self.np_random.integers(2**31)))
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, bool(self.np_random.random() < 0.2), False, {}
+"""
+
+
+def test_check_env_says_what_dreamer_sees(pywm: Commands) -> None:
+    result = pywm("check-env", "CartPole-v1")
+    assert "dreamer_v3 sees\n  obs " in result.out
+    for text in (
+        "vector of 4 numbers (float32), as symlogs",
+        "categorical of 2",
+        "the replay of 100,000 rows takes",
+        "preset cartpole: expect",
+    ):
+        assert text in result.out
+    found = json.loads(pywm("check-env", "CartPole-v1", "--json").out)
+    assert found["ok"] is True
+    assert found["facts"]["vector keys"] == "obs"
+    assert {check["status"] for check in found["checks"]} == {"ok"}
+    assert found["dreamer_v3"]["action"] == "categorical of 2"
+
+
+def test_check_env_says_what_is_refused_and_why(pywm: Commands) -> None:
+    (pywm.folder / "my_pkg.py").write_text(TWO_CAMERAS)
+    result = pywm("check-env", "my_pkg:TwoCameras")
+    assert result.code == 0, explain(result)  # the environment keeps its promises
+    assert (
+        "dreamer_v3 refuses it: dreamer_v3: WorldModel: images have the sizes [(16, 16), (32, 32)]"
+        in result.out
+    )
+    found = json.loads(pywm("check-env", "my_pkg:TwoCameras", "--json").out)
+    assert "pictures of one size were expected" in found["dreamer_v3"]["refused"]
 
 
 def test_a_first_impression_of_the_speed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium.envs.classic_control import PendulumEnv
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from restoring import act, check_restoring, same, through_a_file
 
@@ -27,6 +28,8 @@ from pywm.types import State
         ("pywm/Counter-v0", None),
         ("pywm/Truncation-v0", None),
         ("pywm/Match-v0", None),
+        ("pywm/TMaze-v0", None),
+        ("pywm/Grid-v0", None),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*out of date.*:DeprecationWarning")
@@ -102,7 +105,7 @@ def test_what_cannot_be_reached_is_not_restorable() -> None:
     with pytest.raises(CheckpointError, match="cannot be restored"):
         hidden.set_state(State({}, {}))
 
-    class Pendulum(gymnasium.envs.classic_control.PendulumEnv):
+    class Pendulum(PendulumEnv):
         pass
 
     assert not make(Pendulum).restorable

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.vector.utils import batch_space
 
-from pywm.envs.spaces import ObsLayout, is_image, split_keys
+from pywm.envs.spaces import Choices, ObsLayout, is_image, last_frame, split_keys
 from pywm.errors import UserError
 
 
@@ -74,6 +75,23 @@ def test_everything_else_becomes_float32(space: Any, batch: np.ndarray, expected
     assert layout.space.contains(out[0])
 
 
+@pytest.mark.parametrize(
+    ("space", "classes"),
+    [
+        (spaces.Discrete(4, start=2), (4,)),
+        (spaces.MultiDiscrete([2, 3]), (2, 3)),
+        (spaces.MultiBinary((2, 3)), ()),
+    ],
+)
+def test_choices_are_known_as_such(space: Any, classes: tuple[int, ...]) -> None:
+    alone, among = ObsLayout(space).space, ObsLayout(spaces.Dict(a=space)).space
+    for part in (alone, among["a"]):
+        assert isinstance(part, Choices)
+        assert part.classes == classes
+        assert part.shape == (space.shape if not classes else (sum(classes),))
+    assert not isinstance(ObsLayout(spaces.Box(0.0, 1.0, (3,), np.float32)).space, Choices)
+
+
 def test_dicts_are_split_into_images_and_vectors() -> None:
     space = spaces.Dict(
         {
@@ -126,3 +144,72 @@ def test_spaces_without_a_form_are_refused_with_key_and_wrapper(space: Any, key:
 def test_a_dict_of_nothing_but_text_is_refused() -> None:
     with pytest.raises(UserError, match="expected at least one array"):
         ObsLayout(spaces.Dict({"mission": spaces.Text(3)}))
+
+
+NEAREST = [
+    (spaces.Box(-1.0, 1.0, (2,), np.float32), [[-3.0, 0.25]], [[-1.0, 0.25]]),
+    (spaces.Box(-0.1, 0.1, (2,), np.float64), [[-3.0, 3.0]], [[-0.1, 0.1]]),
+    (spaces.Box(-np.inf, np.inf, (1,), np.float32), [[np.inf]], [[np.finfo(np.float32).max]]),
+    (spaces.Box(-5, 5, (3,), np.int8), [[2.6, -200.0, 200.0]], [[3, -5, 5]]),
+    (spaces.Box(0, 255, (3,), np.uint8), [[-7.0, 99.6, 300.0]], [[0, 100, 255]]),
+    (spaces.Box(0.0, 1.0, (), np.float32), [0.5, 2.0], [0.5, 1.0]),
+    (spaces.Discrete(3), [[0.1, 0.2, 0.0]], [1]),
+    (spaces.Discrete(2, start=5), [[0.1, 0.2]], [6]),
+    (spaces.MultiDiscrete([2, 3], start=[0, 4]), [[0.9, 0.1, 0.2, 0.2, 0.6]], [[0, 6]]),
+    (spaces.MultiBinary(3), [[0.4, 0.6, 7.0]], [[0, 1, 1]]),
+]
+
+
+@pytest.mark.parametrize(("space", "x", "expected"), NEAREST, ids=lambda x: str(x)[:20])
+def test_a_prediction_becomes_the_nearest_element(space: Any, x: Any, expected: Any) -> None:
+    found = ObsLayout(space).invert({"obs": np.array(x, np.float32)})
+    assert found.dtype == space.dtype
+    assert found.tolist() == expected
+    assert all(space.contains(row if space.shape else np.array(row, space.dtype)) for row in found)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        picture(96, 80, 3),
+        picture(84, 82),
+        picture(4, 64, 60, 3),
+        picture(3, 64, 60),
+        picture(7, 7, 3),
+        spaces.Discrete(4, start=2),
+        spaces.MultiDiscrete([2, 3, 4]),
+        spaces.MultiBinary([2, 3]),
+        spaces.Box(-9.0, 9.0, (2, 3), np.float64),
+        spaces.Dict(a=picture(20, 24, 3), b=spaces.Dict(c=spaces.Discrete(3), d=spaces.Box(-1, 1, (2,)))),
+    ],
+    ids=lambda x: str(x)[:30],
+)
+def test_what_was_converted_can_be_inverted(space: Any) -> None:
+    batched = batch_space(space, 3)
+    batched.seed(0)
+    raw, layout = batched.sample(), ObsLayout(space)
+    out = layout.convert(raw)
+    found = layout.invert(out if isinstance(out, dict) else {"obs": out})
+    assert batched.contains(found)
+    for a, b in zip(leaves(found), leaves(raw), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    assert layout.original == space
+
+
+def leaves(raw: Any) -> list[np.ndarray]:
+    if not isinstance(raw, dict):
+        return [raw]
+    return [leaf for key in sorted(raw) for leaf in leaves(raw[key])]
+
+
+def test_texts_are_not_in_the_original_space() -> None:
+    vector = spaces.Box(0.0, 1.0, (2,), np.float32)
+    space = spaces.Dict({"a": vector, "mission": spaces.Text(3), "b": spaces.Dict({"hint": spaces.Text(3)})})
+    assert ObsLayout(space).original == spaces.Dict({"a": vector})
+
+
+def test_a_frame_is_shown_in_colours() -> None:
+    stack = np.arange(6)[:, None, None] * np.ones((1, 2, 2))
+    assert last_frame(stack)[:, 0, 0].tolist() == [3, 4, 5]
+    assert last_frame(stack[:4])[:, 0, 0].tolist() == [3, 3, 3]
+    assert last_frame(stack[None, :1]).shape == (1, 3, 2, 2)

@@ -102,6 +102,8 @@ def _inspect(run: Path) -> int:
     found = checkpoint.list_checkpoints(run / "checkpoints")
     for path in found:
         checkpoint.verify(path)
+    if found:
+        assert not checkpoint.load(run / "checkpoints").dropped, f"{found[-1]} is to keep everything"
     metrics = run / "metrics.jsonl"
     rows = read_metrics(metrics) if metrics.exists() else []
     reached = rows[-1]["env_steps"] if rows else 0

@@ -145,6 +145,50 @@ def test_the_last_ones_and_the_best_stay(tmp_path: Path) -> None:
         load(tmp_path, which="step_00000001")
 
 
+def test_only_the_newest_keeps_what_only_it_needs(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, make_state(step), keep_last=2, best=step == 1, newest_only=("optim", "replay"))
+    assert_equal(load(tmp_path).state, make_state(3))
+    assert load(tmp_path).dropped == ()
+    for which in ("best", "step_00000002"):
+        old = load(tmp_path, which=which)
+        assert old.dropped == ("optim",)
+        assert_equal(part(old.state, "agent"), part(make_state(old.step), "agent"))
+        assert part(old.state, "optim") is None
+        assert sorted(path.name for path in old.path.iterdir()) == [
+            "agent.safetensors",
+            "manifest.json",
+            "state.json",
+        ]
+    # A step is taken back: what is newer by its number may be all there is to go on from.
+    save(tmp_path, 2, make_state(2.5), newest_only=("optim",))
+    assert_equal(load(tmp_path).state, make_state(3))
+
+
+def test_what_a_kill_left_of_a_dropped_part_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_remove_dropped", lambda _: None)
+        for step in (1, 2):
+            save(tmp_path, step, make_state(step), newest_only=("optim",))
+    left = tmp_path / "step_00000001" / "optim.safetensors"
+    assert left.exists()
+    assert part(load(tmp_path, which="step_00000001").state, "optim") is None
+    checkpoint.clean(tmp_path)
+    assert not left.exists()
+    assert load(tmp_path).dropped == ()
+
+
+def test_a_part_is_read_without_the_others(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, make_state())
+    (path / "optim.safetensors").write_bytes(b"not read, and not checked")
+    loaded = load(tmp_path, parts=("agent",))
+    assert_equal(loaded.state, join({"agent": part(make_state(), "agent")}))
+    with pytest.raises(CheckpointError, match=r"optim.safetensors has 25 bytes"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("pointer", [None, "step_00000009\n", "../evil\n"])
 def test_without_a_best_one_the_newest_is_not_passed_off_as_it(pointer: str | None, tmp_path: Path) -> None:
     for step in (1, 2):
@@ -214,8 +258,8 @@ def attempt(root, fatal):
         return wrapped
     for name in calls:
         setattr(os, name, wrap(getattr(os, name)))
-    checkpoint.save(root, 3, state(33), keep_last=3)
-    checkpoint.save(root, 4, state(4), keep_last=3)
+    checkpoint.save(root, 3, state(33), keep_last=3, newest_only=("optim",))
+    checkpoint.save(root, 4, state(4), keep_last=3, newest_only=("optim",))
     os._exit(0)
 
 for step in (1, 2, 3):
@@ -235,12 +279,17 @@ while True:
     loaded = checkpoint.load(folder)
     value = loaded.state.data["agent"]["value"]
     assert not loaded.skipped, (fatal, loaded.skipped)
+    assert not loaded.dropped and "optim/m" in loaded.state.tensors, fatal  # the newest one lacks nothing
+    for path in checkpoint.list_checkpoints(folder):
+        old = checkpoint.load(folder, which=path.name)
+        assert ("optim/m" in old.state.tensors) == (not old.dropped) == os.path.exists(path / "optim.safetensors")
     assert (loaded.step, value) in ((3, 3), (3, 33), (4, 4)), (fatal, loaded.step, value)
     assert all(bool((t == value).all()) for t in loaded.state.tensors.values()), fatal
     leftovers = [n for n in os.listdir(folder) if n.startswith((".tmp", ".old", ".del"))]
     assert not leftovers, (fatal, leftovers)
     if code == 0:
         assert (loaded.step, value) == (4, 4)
+        assert checkpoint.load(folder, which="step_00000003").dropped == ("optim",)
         break
     assert code == 9
 print(fatal - 1)
@@ -476,6 +525,18 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "manifest not text": (
         lambda p: (p / "manifest.json").write_bytes(b"\xff\xfe{"),
         "manifest.json is not valid",
+    ),
+    "manifest drops what it lists": (
+        lambda p: edit_manifest(p, lambda m: m | {"dropped": ["agent"]}),
+        "expected names of parts it lacks",
+    ),
+    "manifest drops a path": (
+        lambda p: edit_manifest(p, lambda m: m | {"dropped": ["../../x"]}),
+        "expected names of parts it lacks",
+    ),
+    "manifest drops no list": (
+        lambda p: edit_manifest(p, lambda m: m | {"dropped": "replay"}),
+        "expected names of parts it lacks",
     ),
     "manifest a list": (lambda p: edit_manifest(p, lambda m: [m]), "manifest.json is not a pywm-checkpoint"),
     "manifest of others": (

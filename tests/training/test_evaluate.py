@@ -51,7 +51,9 @@ class Recorder:
         self.greedy: list[bool] = []
         self.states: list[Any] = []
 
-    def act(self, obs: np.ndarray, state: Any = None, *, greedy: bool = False) -> tuple[np.ndarray, Any]:
+    def act(
+        self, obs: np.ndarray, state: Any = None, *, is_first: Any = None, greedy: bool = False
+    ) -> tuple[np.ndarray, Any]:
         self.greedy.append(greedy)
         self.states.append(state)
         return np.zeros(len(obs), np.int64), (state or 0) + 1

@@ -9,12 +9,20 @@ import pytest
 from kills import survive
 from processes import Commands
 
-KILLS = int(os.environ.get("PYWM_KILLS", "5"))
+KILLS = int(os.environ.get("PYWM_KILLS", "3"))
+
+# A replay that overflows; an update a step, so that there is a row of metrics between two checkpoints.
+DREAMER = (
+    "--size tiny --batch-size 2 --batch-length 5 --imagine-horizon 3 --learning-starts 20 --train-ratio 10 "
+    "--replay-size 150 --steps 240 --checkpoint-every 80"
+)
 
 TRAININGS = {
     "tiny": "train tiny CartPole-v1 --steps 480 --checkpoint-every 40 --payload-kib 256",
     "ppo": "train ppo CartPole-v1 --steps 1536 --checkpoint-every 256",
     "ppo, episodes cut": "train ppo Acrobot-v1 --steps 512 --num-envs 2 --num-steps 32 --checkpoint-every 64",
+    "dreamer_v3": f"train dreamer_v3 CartPole-v1 {DREAMER}",
+    "dreamer_v3, episodes cut": f"train dreamer_v3 Acrobot-v1 --num-envs 2 {DREAMER}",
 }
 
 

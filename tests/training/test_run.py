@@ -557,6 +557,28 @@ def test_the_live_panel_shows_progress_figures_and_where_the_time_goes() -> None
         assert part in stream.getvalue()
 
 
+def test_the_end_says_where_the_time_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    caplog.set_level(logging.INFO, logger="pywm")
+    with open_run(tmp_path) as run:
+        for name, seconds in (("env", 10.0), ("learn", 60.0), ("replay", 0.1), ("learn", 20.0)):
+            with run.phase(name):
+                now[0] += seconds
+        now[0] += 9.9
+        run.finish(100, agent_state())
+    # The last phases count, too, although no row was logged after them.
+    assert "time 0:01:40 at 1 env steps/s: learn 80%, env 10%, other 10%" in caplog.messages
+    assert caplog.messages[-1].startswith("finished at 100 env steps")
+
+
+def test_a_run_without_phases_says_nothing_of_its_time() -> None:
+    assert Status("t", "f", 1000).time_report() == ""
+
+
 def test_tensorboard_and_wandb_are_extras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for option, extra in (("tensorboard", "tb"), ("wandb", "wandb")):
         monkeypatch.setitem(sys.modules, option, None)

@@ -53,7 +53,9 @@ class Agent:
         self.weight = torch.randn(config.hidden)
         self.actions = action_space.n
 
-    def act(self, obs: Any, state: Any = None, *, greedy: bool = False) -> tuple[np.ndarray, Any]:
+    def act(
+        self, obs: Any, state: Any = None, *, is_first: Any = None, greedy: bool = False
+    ) -> tuple[np.ndarray, Any]:
         return np.random.randint(
             2, size=len(obs)
         ), None  # draws, so that an evaluation could disturb a training

@@ -1,4 +1,4 @@
-"""PPO reaches its scores on real environments; the same command makes the recorded results.
+"""The algorithms reach their scores on real environments; the same command makes the recorded results.
 
 python -m pytest -m slow tests/algos -k CartPole
 """
@@ -18,14 +18,24 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "LunarLander-v3"])
-def test_reaches_its_score(env: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("algo", "env"),
+    [
+        ("ppo", "CartPole-v1"),
+        ("ppo", "Pendulum-v1"),
+        ("ppo", "LunarLander-v3"),
+        ("dreamer_v3", "CartPole-v1"),
+    ],
+)
+def test_reaches_its_score(algo: str, env: str, tmp_path: Path) -> None:
     if env == "LunarLander-v3":
         pytest.importorskip("Box2D")
     command = [
         sys.executable,
         "benchmarks/learning.py",
         env,
+        "--algo",
+        algo,
         "--out",
         str(tmp_path),
         "--runs",
@@ -40,7 +50,7 @@ def test_reaches_its_score(env: str, tmp_path: Path) -> None:
 
 
 TRUNCATION = ROOT / "docs" / "results" / "ppo" / "pywm_Truncation-v0.json"
-RECORDS = sorted({*(ROOT / "docs" / "results" / "ppo").glob("*.json")} - {TRUNCATION})
+RECORDS = sorted({*(ROOT / "docs" / "results").glob("*/*.json")} - {TRUNCATION})
 
 
 def test_recorded_values_of_cut_episodes_are_right() -> None:
@@ -51,10 +61,11 @@ def test_recorded_values_of_cut_episodes_are_right() -> None:
 
 
 def test_there_are_recorded_results() -> None:
-    assert {"CartPole-v1", "Pendulum-v1"} <= {record.stem for record in RECORDS}
+    found = {(record.parent.name, record.stem) for record in RECORDS}
+    assert {("ppo", "CartPole-v1"), ("ppo", "Pendulum-v1"), ("dreamer_v3", "CartPole-v1")} <= found
 
 
-@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.stem)
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: f"{record.parent.name}-{record.stem}")
 def test_recorded_results_reach_the_goal(record: Path) -> None:
     result = json.loads(record.read_text())
     goal = result["goal"]
