@@ -28,12 +28,16 @@ CXX_FILES := $(shell find csrc benchmarks tests/cuda_on_cpu -name '*.h' -o -name
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: $(VENV)/.built  ## train PPO on CartPole-v1 into runs/demo, then evaluate it
-	$(BIN)/pywm train ppo CartPole-v1 --run-dir runs/demo --fresh $(ARGS)
+demo: $(VENV)/.built  ## train DreamerV3 on CartPole-v1 in runs/demo (minutes), evaluate it, draw its curve and its dream
+	$(BIN)/pywm train dreamer_v3 CartPole-v1 --steps 20000 --run-dir runs/demo --fresh $(ARGS)
+	$(BIN)/pywm plot runs/demo --out runs/demo/curve.png
+	$(BIN)/pywm dream runs/demo
 	$(BIN)/pywm eval runs/demo
+	@echo "learning curve: runs/demo/curve.png"
+	@echo "dream (the world model's prediction beside the truth): runs/demo/dreams/dream.png, runs/demo/dreams/dream.gif"
 
 test: $(VENV)/.dev $(VENV)/.built  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 bench: $(VENV)/.dev $(VENV)/.built  ## time the ops against their references and the memory bound
 	$(BIN)/python benchmarks/run.py $(ARGS)
@@ -75,9 +79,9 @@ $(VENV)/.tools: $(VENV)/constraints.txt
 	$(PIP) -c $< "scikit-build-core>=0.11" "pybind11>=3.0" "cmake>=3.26" "ninja>=1.11"
 	@touch $@
 
-# Only what it depends on: pure Python, for the next step compiles.
+# Only what it depends on, and what the demo plays and draws with: pure Python, for the next step compiles.
 $(VENV)/.base: $(VENV)/.tools pyproject.toml
-	PYWM_NO_EXT=1 $(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e ".[classic]"
+	PYWM_NO_EXT=1 $(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e ".[classic,plot]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base

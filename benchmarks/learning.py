@@ -1,7 +1,8 @@
-"""Train PPO on real environments with several seeds, and record what came of it.
+"""Train an algorithm on real environments with several seeds, and record what came of it.
 
     python benchmarks/learning.py CartPole-v1 Pendulum-v1 --seeds 5
     python benchmarks/learning.py LunarLander-v3 --seeds 5 --out docs/results/ppo
+    python benchmarks/learning.py CartPole-v1 --algo dreamer_v3 --threads 1
 
 For every environment: ``<out>/<env>.json`` (settings, versions, machine; for each seed the wall time of the training, the
 returns of 20 greedy episodes and the learning curve) and ``<out>/<env>.png``. The runs themselves stay below ``--runs``.
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import tyro
 
+from pywm import algos
 from pywm.algos import ppo
 from pywm.config import Preset, to_json
 from pywm.envs import make
@@ -42,29 +44,41 @@ class Goal(NamedTuple):
 
 
 GOALS = {
-    "CartPole-v1": Goal(475, 0.8, seconds=60),
-    "Pendulum-v1": Goal(-250, 1.0),
-    "LunarLander-v3": Goal(200, 1.0),
-    "Acrobot-v1": Goal(-100, 1.0),
+    ("ppo", "CartPole-v1"): Goal(475, 0.8, seconds=60),
+    ("ppo", "Pendulum-v1"): Goal(-250, 1.0),
+    ("ppo", "LunarLander-v3"): Goal(200, 1.0),
+    ("ppo", "Acrobot-v1"): Goal(-100, 1.0),
+    ("dreamer_v3", "CartPole-v1"): Goal(400, 0.8, seconds=1200),
+    ("dreamer_v3", "Pendulum-v1"): Goal(-250, 1.0, seconds=1500),
+    ("dreamer_v3", "pywm/TMaze-v0"): Goal(0.95, 1.0, seconds=240),
+    ("dreamer_v3", "pywm/Grid-v0"): Goal(0.9, 1.0, seconds=720),
 }
 
 
 @dataclass(frozen=True)
 class Options:
-    """Train PPO's presets with several seeds and record the results."""
+    """Train an algorithm's presets with several seeds and record the results."""
 
     envs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Environments, each with the preset that suits it."""
+    algo: str = "ppo"
+    """The algorithm."""
     seeds: int = 5
     """Train with seeds 0, 1, ..."""
     first_seed: int = 0
     """Begin with this one instead."""
     steps: int | None = None
     """Environment steps, in place of the preset's."""
-    out: str = "docs/results/ppo"
-    """Where the JSON and the pictures go."""
+    threads: int | None = None
+    """Threads of torch, in place of its own choice (PPO takes one for small networks anyhow)."""
+    out: str | None = None
+    """Where the JSON and the pictures go; by default docs/results/ALGO."""
     runs: str = "runs/learning"
     """Where the runs go."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out or f"docs/results/{self.algo}")
 
 
 TRUNCATION = "pywm/Truncation-v0"
@@ -76,13 +90,16 @@ TRUNCATION_VALUES = ((True, 0.95, 10.0), (False, 1.0, 2.63), (False, 0.0, 3.57))
 
 def main(options: Options) -> int:
     missed = 0
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    presets = algos.get(options.algo).PRESETS
     for env in options.envs:
         if env == TRUNCATION:
             missed += not learn_truncation(options)
             continue
-        name, preset = next(((n, p) for n, p in ppo.PRESETS.items() if p.suits(env)), (None, None))
+        name, preset = next(((n, p) for n, p in presets.items() if p.suits(env)), (None, None))
         if preset is None:
-            raise SystemExit(f"no preset suits {env}: choose from {[p.envs for p in ppo.PRESETS.values()]}")
+            raise SystemExit(f"no preset suits {env}: choose from {[p.envs for p in presets.values()]}")
         missed += not learn(env, name, preset, options)
     return 1 if missed else 0
 
@@ -101,7 +118,7 @@ def learn_truncation(options: Options) -> bool:
                 {"bootstrap": bootstrap, "lam": lam, "seed": seed, "value": value, "expected": expected}
             )
             print(f"{TRUNCATION} {rows[-1]}", flush=True)
-    out = Path(options.out)
+    out = options.folder
     out.mkdir(parents=True, exist_ok=True)
     result = {"algorithm": "ppo", "env": TRUNCATION, "machine": machine.facts(), "runs": rows}
     (out / "pywm_Truncation-v0.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -110,36 +127,37 @@ def learn_truncation(options: Options) -> bool:
 
 def learn(env: str, name: str, preset: Preset, options: Options) -> bool:
     """Train all seeds of one environment; say whether its goal was met."""
-    config = ppo.Config(**preset.config)
+    module = algos.get(options.algo)
+    config = module.Config(**preset.config)
     if options.steps is not None:
         config = replace(config, steps=options.steps)
-    folder = Path(options.runs) / env.replace("/", "_")
+    folder = Path(options.runs) / options.algo / env.replace("/", "_")
     rows = []
     for seed in range(options.first_seed, options.first_seed + options.seeds):
-        rows.append(row := train(env, replace(config, seed=seed), folder / str(seed)))
+        rows.append(row := train(module, env, replace(config, seed=seed), folder / str(seed)))
         print(
             f"{env} seed {seed}: {row['return_mean']:.1f} ± {row['return_std']:.1f} after {row['steps']} steps, "
             f"{row['seconds']:.1f} s ({row['steps'] / row['seconds']:.0f} steps/s)",
             flush=True,
         )
-    goal = GOALS.get(env)
+    goal = GOALS.get((options.algo, env))
     reached = True
     if goal is not None:
         good = [row["return_mean"] >= goal.score and row["seconds"] <= goal.seconds for row in rows]
         reached = np.mean(good) >= goal.share
         print(f"{env}: {sum(good)} of {len(good)} seeds reached {goal.score:g}", "" if reached else "MISSED")
-    out = Path(options.out)
+    out = options.folder
     out.mkdir(parents=True, exist_ok=True)
     stem = env.replace("/", "_")
     result = {
-        "algorithm": "ppo",
+        "algorithm": options.algo,
         "env": env,
         "preset": name,
         "config": to_json(config),
         "goal": goal._asdict() | {"seconds": min(goal.seconds, 1e9)} if goal else None,
         "episodes": EPISODES,
         "machine": machine.facts(),
-        "threads": 1,
+        "threads": 1 if options.algo == "ppo" else torch.get_num_threads(),
         "seeds": rows,
     }
     (out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -147,16 +165,21 @@ def learn(env: str, name: str, preset: Preset, options: Options) -> bool:
     return bool(reached)
 
 
-def train(env: str, config: ppo.Config, folder: Path) -> dict[str, Any]:
+def train(module: Any, env: str, config: Any, folder: Path) -> dict[str, Any]:
     """Train one seed in a run of its own and play greedy episodes with the result."""
     options = RunOptions(
         run_dir=str(folder), fresh=True, progress="off", checkpoint_every=max(config.steps // 4, 1)
     )
     with Run.open(
-        options, algo="ppo", env=env, seed=config.seed, config=to_json(config), total_steps=config.steps
+        options,
+        algo=module.__name__.rpartition(".")[2],
+        env=env,
+        seed=config.seed,
+        config=to_json(config),
+        total_steps=config.steps,
     ) as run:
         start = time.perf_counter()
-        agent = ppo.train(config, env, run=run)
+        agent = module.train(config, env, run=run)
         seconds = time.perf_counter() - start
         if run.interrupted:
             raise SystemExit(130)

@@ -18,7 +18,8 @@ Workloads: "observe" filters a window of 64 rows of 16 (posterior and prior) wit
 gradients of posterior, prior, deter and stoch in all parameters and embeddings; "imagine" goes 15 steps from 1024 starts
 with a 3-layer actor of 18 classes, without gradients; "act" is one posterior step for 1 or 16 environments.
 
-All in float32; every side draws its own samples, and rivals get the least work that their code allows: no losses, no
+All in float32, but for pywm's products with ``--operands bfloat16`` (where the CPU has instructions for it, and on GPUs);
+every side draws its own samples, and rivals get the least work that their code allows: no losses, no
 TensorDict where a tensor will do, embeddings and priors outside the recurrence where they offer it. Before anything is
 timed, pywm must equal its float64 reference under forced samples, and rivals' outputs must be finite, one-hot and of our
 shapes. All sides take turns within one run; figures are medians. "peak" is the share of what one large torch.mm reaches
@@ -29,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import sys
 import time
@@ -57,6 +59,7 @@ from torch import Tensor
 
 from pywm.models import SIZES, RSSMConfig
 from pywm.ops import Layer, Policy, _native
+from pywm.ops.rssm_params import OPERANDS
 from pywm.training.machine import version
 
 FORMS = {
@@ -88,7 +91,7 @@ TARGETS = {
 WORKLOADS = ("observe", "gradients", "imagine", "act 1", "act 16")
 COMPILE = ("none", "step", "window")
 PRODUCT = 1536  # rows and columns of the matrices whose product measures the machine
-TOLERANCE = 1e-4
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
 def sides(c: RSSMConfig) -> dict[str, tuple[type[Side], str]]:
@@ -125,6 +128,7 @@ def in_double(side: Pywm) -> Pywm:
     for name, x in vars(side.d).items():
         setattr(exact.d, name, x.double() if isinstance(x, Tensor) and x.is_floating_point() else x)
     exact.model = copy.deepcopy(side.model).double()
+    exact.model.config = dataclasses.replace(side.c, operands="float32")
     exact.embed = exact.d.embed.clone().requires_grad_()
     exact.leaves = [exact.embed, *exact.model.parameters()]
     layers = (Layer(*(None if x is None else x.double() for x in layer)) for layer in side.policy.layers)
@@ -153,7 +157,9 @@ def assert_correct(side: Pywm) -> None:
         want = under_force(in_double(side))
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         error = (a.double() - b).abs().max() / b.abs().max().clamp(min=1e-3)
-        assert error < TOLERANCE, f"output {i} is off the float64 reference by {error:.1e} of its largest"
+        assert error < TOLERANCE[side.c.operands], (
+            f"output {i} is off the float64 reference by {error:.1e} of its largest"
+        )
 
 
 def assert_plausible(outputs: Any, want: Any, c: RSSMConfig, workload: str) -> None:
@@ -204,7 +210,8 @@ def compare(
             if COMPILE.index(needed) > COMPILE.index(options.compile):
                 minutes = " (compiles for minutes)" if needed == "window" else ""
                 raise LeftOutError(f"--compile {needed} includes it{minutes}")
-            thunk = call_of(kind(d, c, form, compiled), workload)
+            own = c if kind is Pywm else dataclasses.replace(c, operands="float32")
+            thunk = call_of(kind(d, own, form, compiled), workload)
             assert_plausible(thunk(), want, c, workload)
         except LeftOutError as why:
             left_out[name] = str(why)
@@ -269,6 +276,7 @@ def main() -> int:
     parser.add_argument("--size", choices=list(FORMS), default="size12m")
     parser.add_argument("--workload", choices=WORKLOADS, action="append", help="only this one; repeatable")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--operands", choices=OPERANDS, default="float32", help="of pywm's products")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20.0, help="for each workload")
     parser.add_argument("--sheeprl", metavar="PATH", help="a folder with sheeprl")
@@ -283,10 +291,14 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("rssm.py: --device is cuda, but torch sees no GPU", file=sys.stderr)
         return 2
-    about = {**machine(options.threads), **({} if sheeprl else {"sheeprl": version("sheeprl")})}
+    about = {
+        **machine(options.threads),
+        "operands": options.operands,
+        **({} if sheeprl else {"sheeprl": version("sheeprl")}),
+    }
 
     form = FORMS[options.size]
-    c = RSSMConfig(**MODELS[options.size], embed=form.embed, action=A)
+    c = RSSMConfig(**MODELS[options.size], embed=form.embed, action=A, operands=options.operands)
     d = Data(c, form).to(options.device)
     if options.device == "cuda":
         about |= {"gpu": torch.cuda.get_device_name(), "tf32": torch.backends.cuda.matmul.allow_tf32}

@@ -212,7 +212,8 @@ class CompiledReference(Pywm):
             deter, posterior, stoch = self._step(deter, stoch, *args)
             rows.append((deter, stoch, posterior))
         deters, stochs, posteriors = (torch.stack(x) for x in zip(*rows, strict=True))
-        return deters, stochs, posteriors, reference_rssm.head(deters, self.params.prior, self.c)
+        priors = reference_rssm.head(deters, self.params.prior, self.c, self.c.operands)
+        return deters, stochs, posteriors, priors
 
     def observe(self) -> tuple[Tensor, ...]:  # type: ignore[override]
         return self._window(torch.rand(self.d.T, self.d.B, self.c.stoch, device=self.d.deter.device))
@@ -222,7 +223,8 @@ class CompiledReference(Pywm):
     def imagine_step(self, deter: Tensor, stoch: Tensor) -> tuple[Tensor, ...]:
         device = deter.device
         noise, action_noise = (torch.rand(self.d.N, width, device=device) for width in (self.c.stoch, 1))
-        outputs = reference_rssm.head(torch.cat([deter, stoch], -1), self.policy.layers, self.policy)
+        feat = torch.cat([deter, stoch], -1)
+        outputs = reference_rssm.head(feat, self.policy.layers, self.policy, self.c.operands)
         action = reference_rssm.act(self.policy, outputs, action_noise)
         deter, _, stoch, _ = reference_rssm.step(self.params, deter, stoch, action, None, None, noise, None)
         return deter, stoch, action
