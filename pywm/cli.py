@@ -313,7 +313,8 @@ def _run_training(
     log.info("%s", note)
     if torch.device(device).type == "cpu" and torch.cuda.is_available():
         log.warning("training runs on the CPU, although torch sees a GPU: --device cuda uses it")
-    served = backend(torch.empty(0, device=device))  # of this device alone: a training on the CPU wakes no GPU
+    # Of this device alone: a training on the CPU wakes no GPU.
+    served = backend(torch.empty(0, device=device))
     if served.name == "reference":
         _native.tell(served.why)
     with Run.open(
