@@ -106,7 +106,7 @@ inline void round_row(const float* __restrict x, int64_t K, Pair* __restrict pai
 #if defined(__AVX512BF16__)
   for (; k + 32 <= K; k += 32) {
     const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + k + 16), _mm512_loadu_ps(x + k));
-    _mm512_storeu_si512(pairs + k / 2, reinterpret_cast<const __m512i&>(both));
+    _mm512_storeu_si512(pairs + k / 2, __builtin_bit_cast(__m512i, both));
   }
 #endif
   for (; k + 2 <= K; k += 2) pairs[k / 2] = pair_of(x[k], x[k + 1]);
@@ -145,9 +145,10 @@ inline void add_product(typename Simd<S>::Vector& acc, const typename Simd<S>::V
 inline void add_product(Simd<float>::Vector& acc, const Simd<Pair>::Vector& b, Pair x) {
 #if defined(__AVX512BF16__)
   const __m512i all = _mm512_set1_epi32(static_cast<int>(x));
-  const __m512 sum = _mm512_dpbf16_ps(reinterpret_cast<const __m512&>(acc), reinterpret_cast<const __m512bh&>(b),
-                                      reinterpret_cast<const __m512bh&>(all));
-  acc = reinterpret_cast<const Simd<float>::Vector&>(sum);
+  // Bit casts, not casts of references: a Simd vector is aligned to its elements only, these types to 64 bytes.
+  const __m512 sum = _mm512_dpbf16_ps(__builtin_bit_cast(__m512, acc), __builtin_bit_cast(__m512bh, b),
+                                      __builtin_bit_cast(__m512bh, all));
+  acc = __builtin_bit_cast(Simd<float>::Vector, sum);
 #else
   using Vector = Simd<float>::Vector;
   const Simd<Pair>::Vector first = b << 16, second = b & kUpperHalf;
