@@ -18,8 +18,9 @@ Workloads: "observe" filters a window of 64 rows of 16 (posterior and prior) wit
 gradients of posterior, prior, deter and stoch in all parameters and embeddings; "imagine" goes 15 steps from 1024 starts
 with a 3-layer actor of 18 classes, without gradients; "act" is one posterior step for 1 or 16 environments.
 
-All in float32, but for pywm's products with ``--operands bfloat16`` (where the CPU has instructions for it, and on GPUs);
-every side draws its own samples, and rivals get the least work that their code allows: no losses, no
+All in float32. With ``--operands bfloat16`` (where the CPU has instructions for it, and on GPUs) pywm's products round
+their operands, and every rival runs twice: under torch.autocast to bfloat16, which the ratio is taken to, and in float32
+("float32_ratio"). Every side draws its own samples, and rivals get the least work that their code allows: no losses, no
 TensorDict where a tensor will do, embeddings and priors outside the recurrence where they offer it. Before anything is
 timed, pywm must equal its float64 reference under forced samples, and rivals' outputs must be finite, one-hot and of our
 shapes. All sides take turns within one run; figures are medians. "peak" is the share of what one large torch.mm reaches
@@ -176,13 +177,18 @@ def assert_plausible(outputs: Any, want: Any, c: RSSMConfig, workload: str) -> N
 # ---- the comparison ------------------------------------------------------------------------------------------------------
 
 
-def call_of(side: Side, workload: str) -> Thunk:
+def call_of(side: Side, workload: str, *, autocast: bool = False) -> Thunk:
+    precision = functools.partial(
+        torch.autocast, side.d.deter.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False
+    )
+    call: Thunk
     if workload == "gradients":
-        return lambda: differentiate(side)
-    call = side.act(int(workload.split()[1])) if workload.startswith("act") else getattr(side, workload)
+        call = functools.partial(differentiate, side)
+    else:
+        call = side.act(int(workload.split()[1])) if workload.startswith("act") else getattr(side, workload)
 
     def quiet() -> object:
-        with torch.no_grad():
+        with torch.set_grad_enabled(workload == "gradients"), precision():
             return call()
 
     return quiet
@@ -199,7 +205,12 @@ def compare(
     thunks: dict[str, Thunk] = {}
     left_out: dict[str, str] = {}
     compile_s: dict[str, float] = {}
-    for name, (kind, compiled) in sides(c).items():
+    precisions = [True, False] if c.operands == "bfloat16" else [False]
+    for (name, (kind, compiled)), low in itertools.product(sides(c).items(), precisions):
+        if kind is Pywm and low:
+            continue
+        if low:
+            name += AUTOCAST
         start = time.perf_counter()
         try:
             if issubclass(kind, Sheeprl) and sheeprl:
@@ -211,7 +222,7 @@ def compare(
                 minutes = " (compiles for minutes)" if needed == "window" else ""
                 raise LeftOutError(f"--compile {needed} includes it{minutes}")
             own = c if kind is Pywm else dataclasses.replace(c, operands="float32")
-            thunk = call_of(kind(d, own, form, compiled), workload)
+            thunk = call_of(kind(d, own, form, compiled), workload, autocast=low)
             assert_plausible(thunk(), want, c, workload)
         except LeftOutError as why:
             left_out[name] = str(why)
@@ -228,7 +239,9 @@ def compare(
     times = interleaved({**thunks, "product": lambda: torch.mm(a, b)}, options.seconds)
     peak = 2 * PRODUCT**3 / times.pop("product")  # FLOPs in a µs
     rivals = {name: x for name, x in times.items() if name != "pywm"}
-    fastest = min(rivals, key=rivals.__getitem__)
+    same = {name: x for name, x in rivals.items() if name.endswith(AUTOCAST)} or rivals
+    fastest = min(same, key=same.__getitem__)
+    in_float32 = min(x for name, x in rivals.items() if not name.endswith(AUTOCAST))
     flops = ours.flops(workload)
     return {
         "workload": workload,
@@ -237,7 +250,8 @@ def compare(
         "peak_gflop_s": round(peak * 1e-3, 1),
         "fastest": fastest,
         "ratio": round(rivals[fastest] / times["pywm"], 2),
-        "target": TARGETS.get((workload, options.size)),
+        "float32_ratio": round(in_float32 / times["pywm"], 2),
+        "target": TARGETS[c.operands].get((workload, options.size)),
         "ms": {name: round(x * 1e-3, 4) for name, x in sorted(times.items(), key=lambda item: item[1])},
         "share_of_peak": {name: round(flops / x / peak, 3) for name, x in times.items()},
         "compile_s": compile_s,
