@@ -32,6 +32,8 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
+import itertools
 import json
 import sys
 import time
@@ -75,20 +77,29 @@ TINY = {"deter": 32, "hidden": 16, "stoch": 4, "classes": 4}
 MODELS = {**SIZES, "tiny": TINY, "tiny-classic": {**SIZES["classic"], **TINY}}
 
 # What is to be reached against the fastest rival, with 2 threads.
-TARGETS = {
-    ("observe", "size1m"): 6.0,
-    ("observe", "classic"): 2.5,
-    ("observe", "size12m"): 2.4,
-    ("gradients", "size1m"): 4.0,
-    ("gradients", "classic"): 2.2,
-    ("gradients", "size12m"): 2.5,
-    ("imagine", "size1m"): 2.5,
-    ("imagine", "classic"): 1.5,
-    ("imagine", "size12m"): 1.4,
-    ("act 16", "size12m"): 2.0,
-    ("act 1", "size12m"): 1.5,
-    ("act 1", "size1m"): 4.0,
+TARGETS: dict[str, dict[tuple[str, str], float]] = {
+    "float32": {
+        ("observe", "size1m"): 6.0,
+        ("observe", "classic"): 2.5,
+        ("observe", "size12m"): 2.4,
+        ("gradients", "size1m"): 4.0,
+        ("gradients", "classic"): 2.2,
+        ("gradients", "size12m"): 2.5,
+        ("imagine", "size1m"): 2.5,
+        ("imagine", "classic"): 1.5,
+        ("imagine", "size12m"): 1.4,
+        ("act 16", "size12m"): 2.0,
+        ("act 1", "size12m"): 1.5,
+        ("act 1", "size1m"): 4.0,
+    },
+    "bfloat16": {
+        ("observe", "classic"): 4.0,
+        ("observe", "size12m"): 4.0,
+        ("imagine", "classic"): 1.8,
+        ("imagine", "size12m"): 1.8,
+    },
 }
+AUTOCAST = ", autocast"  # behind the names of rivals under torch.autocast to bfloat16
 WORKLOADS = ("observe", "gradients", "imagine", "act 1", "act 16")
 COMPILE = ("none", "step", "window")
 PRODUCT = 1536  # rows and columns of the matrices whose product measures the machine
