@@ -167,7 +167,7 @@ struct MatrixView {
 // R rows and V vectors of columns, of which `columns` exist. Added to `start`, a row of V vectors, or to C where it is
 // null. kByRow: the rows of A are contiguous, else its columns. kAhead: fetch the R rows of A behind these meanwhile,
 // for an A that comes from memory and is read once. E: of the operands, S or Pair; then K counts pairs. The loops over
-// rows must unroll whole, up to AVX-512's 24 rows: sums that are indexed by a variable live in memory, at half the rate.
+// rows must unroll whole, up to 12 of them: sums that are indexed by a variable live in memory, at half the rate.
 template <typename S, int R, int V, bool kByRow, bool kAhead, typename E>
 inline void tile(const E* __restrict a, int64_t stride, const E* __restrict panel, const S* __restrict start, S* c,
                  int64_t ldc, int64_t K, int64_t columns) {
@@ -184,19 +184,19 @@ inline void tile(const E* __restrict a, int64_t stride, const E* __restrict pane
   else if (!whole)
     for (int r = 0; r < R; ++r)
       for (int64_t j = 0; j < V * L; ++j) edge[r][j] = j < columns ? c[r * ldc + j] : S(0);
-#pragma GCC unroll 24
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) acc[r][v] = *reinterpret_cast<const Vector*>(from + r * step + v * L);
   for (int64_t k = 0; k < K; ++k) {
     if constexpr (kByRow && kAhead)
       if (k % kLine == 0)
-#pragma GCC unroll 24
+#pragma GCC unroll 12
         for (int r = 0; r < R; ++r) __builtin_prefetch(a + (R + r) * stride + k);
     Operands b[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) b[v] = *reinterpret_cast<const Operands*>(panel + k * kCols + v * L);
-#pragma GCC unroll 24
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       const E x = kByRow ? a[r * stride + k] : a[k * stride + r];
 #pragma GCC unroll 2
@@ -205,7 +205,7 @@ inline void tile(const E* __restrict a, int64_t stride, const E* __restrict pane
   }
   S* to = whole ? c : edge[0];
   const int64_t to_step = whole ? ldc : V * L;
-#pragma GCC unroll 24
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) *reinterpret_cast<Vector*>(to + r * to_step + v * L) = acc[r][v];
@@ -214,11 +214,19 @@ inline void tile(const E* __restrict a, int64_t stride, const E* __restrict pane
     for (int64_t j = 0; j < columns; ++j) c[r * ldc + j] = edge[r][j];
 }
 
-// All rows of A times one panel. A single vector of columns leaves room for twice the rows.
+// Eight sums or more keep the multiply-adds busy. Rows of A may be a power of two apart, so that their lines share one
+// set of the first-level cache, which has 8 or 12 ways: more than eight that come from memory (kAhead) would push each
+// other out before they are used.
+constexpr int tile_rows(int V, bool kAhead) {
+  const int rows = V == 1 && kTileRows < 8 ? 8 : kTileRows;
+  return kAhead && rows > 8 ? 8 : rows;
+}
+
+// All rows of A times one panel.
 template <int V, bool kByRow, bool kAhead, typename E, typename S>
 inline void column_of_tiles(const E* a, int64_t stride, const E* panel, const S* start, S* c, int64_t ldc, int64_t M,
                             int64_t K, int64_t columns) {
-  constexpr int kRows = V == 1 ? 2 * kTileRows : kTileRows;
+  constexpr int kRows = tile_rows(V, kAhead);
   const int64_t step = kByRow ? stride : 1;
   int64_t m = 0;
   const auto rows = [&]<int R>() {
