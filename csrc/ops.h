@@ -643,6 +643,11 @@ struct RssmActArgs {
   int64_t N, A, E, members;
 };
 
+// About the multiply-adds of one step of N states.
+inline int64_t rssm_act_work(const RssmForm& f, int64_t N) {
+  return N * (f.D / f.blocks * f.D * 4 + 3 * f.H * f.D);
+}
+
 namespace cpu {
 
 template <typename S>

@@ -572,7 +572,7 @@ bool read_layer(Call& call, py::handle layer, std::initializer_list<int64_t> sha
   return call.ok() && (norm == Norm::kNone) == !out.scale && (norm == Norm::kLayer) == (out.shift != nullptr);
 }
 
-constexpr int64_t kMostHeadLayers = 16, kMostRows = 64, kMacsForTeam = 1 << 21;
+constexpr int64_t kMostHeadLayers = 16, kMostRows = 64, kMacsForTeam = 1 << 17;
 
 // The model of RSSMParams, a tuple: config, deter_in, stoch_in, action_in, hidden, gates, candidate, prior, posterior.
 template <typename S>
@@ -672,8 +672,7 @@ py::object rssm_act(py::handle form, py::handle params, py::handle deter, py::ha
     a.stats = out<S>(stats_out);
     a.index = static_cast<uint8_t*>(index_out);
     // Members of a team cost some microseconds to call.
-    const int64_t macs = N * (f.D / f.blocks * f.D * 4 + 3 * f.H * f.D);
-    a.members = macs < kMacsForTeam ? 1 : pywm::cpu::num_threads();
+    a.members = pywm::rssm_act_work(f, N) < kMacsForTeam ? 1 : pywm::cpu::num_threads();
     const Scratch scratch(call, pywm::cpu::rssm_act_workspace(a));
     a.scratch = out<S>(scratch.data);
     call.run([&] { pywm::cpu::rssm_act(a); }, [&](void*) { no_cuda_kernel("rssm_act"); });

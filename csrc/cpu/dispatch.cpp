@@ -573,7 +573,9 @@ int64_t rssm_act_workspace(const RssmActArgs<S>& a) {
 }
 template <typename S>
 void rssm_act(const RssmActArgs<S>& a) {
-  run_team(a.members, const_cast<RssmActArgs<S>*>(&a), [](void* context, const Team& team) {
+  constexpr int64_t kShort = int64_t{1} << 26;  // multiply-adds of a millisecond or two
+  const auto run = rssm_act_work(a.form, a.N) < kShort ? run_short_team : run_team;
+  run(a.members, const_cast<RssmActArgs<S>*>(&a), [](void* context, const Team& team) {
     of<S>(kernels()).rssm_act(*static_cast<const RssmActArgs<S>*>(context), team);
   });
 }

@@ -6,10 +6,10 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <exception>
 #include <type_traits>
 
@@ -75,7 +75,7 @@ void run_region(void* pointer) {
 
 struct Barrier {
   alignas(64) std::atomic<int64_t> arrived{0};
-  alignas(64) std::atomic<int64_t> phase{0};
+  alignas(64) std::atomic<int> phase{0};  // an int, for the system can wait for one
 };
 
 struct TeamJob {
@@ -96,17 +96,19 @@ int64_t Team::take(int64_t* counter) {
 }
 
 void Team::wait(void* pointer, int64_t size) {
-  // A busy core may run one member only: after this many looks (some microseconds) the others let it have its turn.
+  // A core may have to run several members: whoever has looked this often (50 µs) sleeps until the last one comes. To
+  // look on, giving the core away each time, costs a member that is just being woken on it up to 8 ms.
   constexpr int kSpins = 4000;
   Barrier& barrier = *static_cast<Barrier*>(pointer);
-  const int64_t phase = barrier.phase.load(std::memory_order_relaxed);
+  const int phase = barrier.phase.load(std::memory_order_relaxed);
   if (barrier.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
     barrier.arrived.store(0, std::memory_order_relaxed);
     barrier.phase.store(phase + 1, std::memory_order_release);
+    barrier.phase.notify_all();
     return;
   }
   for (int spins = 0; barrier.phase.load(std::memory_order_acquire) == phase; ++spins) {
-    if (spins >= kSpins) sched_yield();
+    if (spins >= kSpins) barrier.phase.wait(phase, std::memory_order_acquire);
 #if defined(__x86_64__)
     else
       __builtin_ia32_pause();
@@ -119,6 +121,16 @@ void run_team(int64_t members, void* context, TeamFn fn) {
   if (members <= 1) return fn(context, Team{0, 1, nullptr});
   TeamJob job{context, fn, {}};
   openmp().parallel(run_member, &job, static_cast<unsigned>(members), 0);
+}
+
+void run_short_team(int64_t members, void* context, TeamFn fn) {
+  using Clock = std::chrono::steady_clock;
+  constexpr std::chrono::microseconds kAwake{1000};  // libgomp's threads look for work for 3 ms or more
+  static std::atomic<Clock::rep> last{0};            // 0: never
+  const Clock::rep ended = last.load(std::memory_order_relaxed);
+  const bool awake = ended != 0 && Clock::now() - Clock::time_point(Clock::duration(ended)) < kAwake;
+  run_team(awake ? members : 1, context, fn);
+  last.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
 }
 
 int num_threads() {

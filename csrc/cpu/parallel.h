@@ -37,6 +37,11 @@ struct Team {
 using TeamFn = void (*)(void* context, const Team& team);
 void run_team(int64_t members, void* context, TeamFn fn);
 
+// The same for work of less than a millisecond: of one member, unless the last such work ended so recently that the
+// threads still look for more. To wake them takes 50 µs, and 4 to 8 ms on systems that put them on the core of whoever
+// woke them, where they wait until the next tick.
+void run_short_team(int64_t members, void* context, TeamFn fn);
+
 // How many threads a large call would use now.
 int num_threads();
 

@@ -11,23 +11,45 @@
 // Numerics: everything in S; a few states' sums run in as many parts as a vector has lanes, those of many in one.
 // Source: Hafner et al. (2021, 2023); the formulas of the cells in ../math/gru.h.
 
+#include <type_traits>
+#include <utility>
+
 #include "kernels.h"
 #include "rssm_cells.h"
 
 namespace pywm::cpu::PYWM_ISA {
 namespace {
 
-// The sum of a vector's numbers, half and half.
-template <typename S, typename Vector>
-inline S sum_of(const Vector& v) {
+// Where vectors are groups of kWidth lanes: the sums of each group's halves, of x's groups and then of y's.
+template <int kWidth, typename Mask, typename Vector, int... I>
+inline Vector halves(const Vector& x, const Vector& y, std::integer_sequence<int, I...>) {
+  constexpr auto lane = [](int i) { return i / (kWidth / 2) * kWidth + i % (kWidth / 2); };
+#if defined(__clang__)
+  return __builtin_shufflevector(x, y, lane(I)...) + __builtin_shufflevector(x, y, (lane(I) + kWidth / 2)...);
+#else
+  return __builtin_shuffle(x, y, Mask{lane(I)...}) + __builtin_shuffle(x, y, Mask{(lane(I) + kWidth / 2)...});
+#endif
+}
+
+// y [O] += the sums of O vectors' numbers, half and half. Vectors are folded into each other, so one addition serves
+// several sums: short rows of weights cost about as much to sum up as to multiply.
+template <typename S, int O, int kWidth = Simd<S>::kLanes, typename Vector>
+inline void add_sums(const Vector* v, S* y) {
   constexpr int L = Simd<S>::kLanes;
-  alignas(kVectorBytes) S x[L];
-  *reinterpret_cast<Vector*>(x) = v;
-#pragma GCC unroll 4
-  for (int half = L / 2; half > 0; half /= 2)
+  if constexpr (kWidth == 1) {
+    alignas(kVectorBytes) S sums[(O + L - 1) / L * L];
+    for (int i = 0; i < O; i += L) *reinterpret_cast<Vector*>(sums + i) = v[i / L];
+    for (int o = 0; o < O; ++o) y[o] += sums[o];
+  } else {
+    constexpr int kVectors = (O * kWidth + L - 1) / L, kLeft = (kVectors + 1) / 2;
+    using Mask [[gnu::vector_size(kVectorBytes)]] = std::conditional_t<sizeof(S) == 8, int64_t, int32_t>;
+    Vector left[kLeft];
 #pragma GCC unroll 8
-    for (int l = 0; l < half; ++l) x[l] += x[l + half];
-  return x[0];
+    for (int i = 0; i < kLeft; ++i)
+      left[i] = halves<kWidth, Mask>(v[2 * i], v[2 * i + 1 < kVectors ? 2 * i + 1 : 2 * i],
+                                     std::make_integer_sequence<int, L>());
+    add_sums<S, O, kWidth / 2>(left, y);
+  }
 }
 
 // y [R, O] += x [R, K]·w [O, K]^T.
@@ -38,7 +60,9 @@ inline void add_dots(const S* x, int64_t ldx, const S* w, int64_t ldw, int64_t K
   Vector sum[R][O] = {};
   int64_t k = 0;
   for (; k + L <= K; k += L) {
-    if constexpr (O > 3)  // fetch the next rows of w, which come from memory, meanwhile
+    // Fetch the next rows of w, which come from memory, meanwhile. With vectors of a whole line that is an instruction a
+    // multiply-add, which costs more than it brings.
+    if constexpr (O > 3 && L < kLine)
       if (k % kLine == 0)
 #pragma GCC unroll 8
         for (int o = 0; o < O; ++o) __builtin_prefetch(w + (O + o) * ldw + k);
@@ -52,12 +76,12 @@ inline void add_dots(const S* x, int64_t ldx, const S* w, int64_t ldw, int64_t K
       for (int r = 0; r < R; ++r) sum[r][o] += a[r] * b;
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int o = 0; o < O; ++o) {
-      S total = sum_of<S>(sum[r][o]);
-      for (int64_t i = k; i < K; ++i) total += x[r * ldx + i] * w[o * ldw + i];
-      y[r * ldy + o] += total;
-    }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    add_sums<S, O>(sum[r], y + r * ldy);
+    for (int o = 0; o < O && k < K; ++o)
+      for (int64_t i = k; i < K; ++i) y[r * ldy + o] += x[r * ldx + i] * w[o * ldw + i];
+  }
 }
 
 // From so many states on they lie side by side in the vectors' lanes, and a weight is read in order, once.
