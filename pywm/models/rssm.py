@@ -120,28 +120,20 @@ class RSSM(nn.Module):
 
     def params(self) -> RSSMParams:
         """Return the parameters as the functions take them; they are the module's own, not copies."""
-        parts = self._modules
-
-        def layer(name: str) -> Layer | None:
-            part = parts.get(name)
-            return part.layer() if isinstance(part, Parts) else None
-
-        def layers(name: str) -> tuple[Layer, ...]:
-            return tuple(part.layer() for part in parts[name])  # type: ignore[union-attr]
-
-        stoch_in, gates = layer("stoch_in"), layer("gates")
-        assert stoch_in is not None
-        assert gates is not None
+        # Called in every acting step: a search for attributes and a function a layer would double what this takes.
+        parts: dict[str, Any] = self._modules
+        deter_in, action_in, hidden = parts.get("deter_in"), parts.get("action_in"), parts.get("hidden")
+        candidate = parts.get("candidate")
         return RSSMParams(
             self.config,
-            layer("deter_in"),
-            stoch_in,
-            layer("action_in"),
-            layer("hidden"),
-            gates,
-            layer("candidate"),
-            layers("prior"),
-            layers("posterior"),  # type: ignore[arg-type]
+            deter_in and deter_in.layer(),
+            parts["stoch_in"].layer(),
+            action_in and action_in.layer(),
+            hidden and hidden.layer(),
+            parts["gates"].layer(),
+            candidate and candidate.layer(),
+            tuple([part.layer() for part in parts["prior"]._modules.values()]),
+            tuple([part.layer() for part in parts["posterior"]._modules.values()]),
         )
 
     def initial(self, N: int) -> RSSMState:

@@ -31,6 +31,10 @@ def trunc_normal_(
         weight.mul_(1.1368 * scale / math.sqrt(fan_in))  # 1.1368 makes up for what was cut off
 
 
+# A named tuple's own constructor takes as long again as the tuple.
+_new = tuple.__new__
+
+
 class Parts(nn.Module):
     """The parameters of one layer.
 
@@ -51,7 +55,8 @@ class Parts(nn.Module):
     def layer(self) -> Layer:
         """Return the parameters as the ops take them."""
         # Not self.weight: a module's attributes are found by a search that takes longer than a small network's arithmetic.
-        return Layer(**self._parameters)  # type: ignore[arg-type]
+        of = self._parameters
+        return _new(Layer, (of["weight"], of.get("bias"), of.get("scale"), of.get("shift")))
 
 
 class NormMLP(nn.Module):
