@@ -12,7 +12,6 @@
 // Source: Hafner et al. (2021, 2023); the formulas of the cells in ../math/gru.h.
 
 #include <type_traits>
-#include <utility>
 
 #include "kernels.h"
 #include "rssm_cells.h"
@@ -20,9 +19,19 @@
 namespace pywm::cpu::PYWM_ISA {
 namespace {
 
+// The lanes 0 .. N - 1, as <utility>, whose functions every instruction set would compile anew, would count them.
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct FirstLanes : FirstLanes<N - 1, N - 1, I...> {};
+template <int... I>
+struct FirstLanes<0, I...> {
+  using Type = Lanes<I...>;
+};
+
 // Where vectors are groups of kWidth lanes: the sums of each group's halves, of x's groups and then of y's.
 template <int kWidth, typename Mask, typename Vector, int... I>
-inline Vector halves(const Vector& x, const Vector& y, std::integer_sequence<int, I...>) {
+inline Vector halves(const Vector& x, const Vector& y, Lanes<I...>) {
   constexpr auto lane = [](int i) { return i / (kWidth / 2) * kWidth + i % (kWidth / 2); };
 #if defined(__clang__)
   return __builtin_shufflevector(x, y, lane(I)...) + __builtin_shufflevector(x, y, (lane(I) + kWidth / 2)...);
@@ -46,8 +55,8 @@ inline void add_sums(const Vector* v, S* y) {
     Vector left[kLeft];
 #pragma GCC unroll 8
     for (int i = 0; i < kLeft; ++i)
-      left[i] = halves<kWidth, Mask>(v[2 * i], v[2 * i + 1 < kVectors ? 2 * i + 1 : 2 * i],
-                                     std::make_integer_sequence<int, L>());
+      left[i] =
+          halves<kWidth, Mask>(v[2 * i], v[2 * i + 1 < kVectors ? 2 * i + 1 : 2 * i], typename FirstLanes<L>::Type());
     add_sums<S, O, kWidth / 2>(left, y);
   }
 }
@@ -60,8 +69,8 @@ inline void add_dots(const S* x, int64_t ldx, const S* w, int64_t ldw, int64_t K
   Vector sum[R][O] = {};
   int64_t k = 0;
   for (; k + L <= K; k += L) {
-    // Fetch the next rows of w, which come from memory, meanwhile. With vectors of a whole line that is an instruction a
-    // multiply-add, which costs more than it brings.
+    // Fetch the next rows of w, which come from memory, meanwhile. With vectors of a whole line that is an instruction
+    // a multiply-add, which costs more than it brings.
     if constexpr (O > 3 && L < kLine)
       if (k % kLine == 0)
 #pragma GCC unroll 8

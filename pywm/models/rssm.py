@@ -16,7 +16,7 @@ from pywm.ops.gaussian import gaussian_kl
 from pywm.ops.imagine import Imagined, imagine
 from pywm.ops.kl_balance import kl_balance
 from pywm.ops.rssm import Observed, RSSMStep, rssm_observe, rssm_step
-from pywm.ops.rssm_params import Gaussian, Layer, Policy, RSSMConfig, RSSMParams, RSSMState
+from pywm.ops.rssm_params import Gaussian, Policy, RSSMConfig, RSSMParams, RSSMState
 
 __all__ = ["KL", "RSSM", "SIZES"]
 
