@@ -644,9 +644,7 @@ struct RssmActArgs {
 };
 
 // About the multiply-adds of one step of N states.
-inline int64_t rssm_act_work(const RssmForm& f, int64_t N) {
-  return N * (f.D / f.blocks * f.D * 4 + 3 * f.H * f.D);
-}
+inline int64_t rssm_act_work(const RssmForm& f, int64_t N) { return N * (f.D / f.blocks * f.D * 4 + 3 * f.H * f.D); }
 
 namespace cpu {
 
