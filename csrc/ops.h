@@ -341,16 +341,18 @@ struct AdamArgs {
 };
 
 // One step of LaProp with adaptive gradient clipping, in place, all of [P]; norm [1]. Tensor s of the network lies in
-// [offsets[s], offsets[s + 1]), offsets [segments + 1] ascending from 0 to P. clip < 0 does not clip.
+// [offsets[s], offsets[s + 1]), offsets [segments + 1] ascending from 0 to P. clip < 0 does not clip. `slow` [followed],
+// or null, follows the last parameters; `rounded` [P], or null, gets all of them as bfloat16 numbers.
 template <typename S>
 struct LaPropArgs {
   S* param;
   const S* grad;
-  S *exp_avg, *exp_avg_sq, *norm;
+  S *exp_avg, *exp_avg_sq, *norm, *slow;
+  uint16_t* rounded;
   const int64_t* offsets;
   double* workspace;  // CUDA only, scratch: laprop_workspace elements
-  int64_t P, segments, step;
-  double lr, beta1, beta2, eps, clip, min_norm;
+  int64_t P, segments, step, followed;
+  double lr, beta1, beta2, eps, clip, min_norm, slow_rate;
 };
 
 // Random numbers by counting, out [T, N, slots]: element (t, n, s) takes word s % 4 of the counter (n, offset + t,
@@ -405,16 +407,18 @@ struct KlBalanceBackwardArgs {
 // Two-hot over B bins, symexp of evenly spaced numbers, B odd, 3 <= B <= kMaxBins: logits [M, B], the rest [M].
 template <typename S>
 struct SymexpTwohotLossArgs {
-  const S *logits, *target;
+  const S *logits, *target, *other;  // other: a second target, or null
   S* loss;
   int64_t M, B;
+  S other_scale;
 };
 
 template <typename S>
 struct SymexpTwohotLossBackwardArgs {
-  const S *grad, *logits, *target;
+  const S *grad, *logits, *target, *other;
   S* grad_logits;
   int64_t M, B;
+  S other_scale;
 };
 
 template <typename S>

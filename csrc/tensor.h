@@ -50,7 +50,7 @@ static_assert(sizeof(View) == 48 && offsetof(View, shape) == 24 && offsetof(Mana
               offsetof(Exchange, view_from_python) == 40);
 
 enum : int32_t { kCPU = 1, kCUDA = 2 };
-enum : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBool = 6 };
+enum : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4, kBool = 6 };
 
 template <typename T>
 struct TypeOf;

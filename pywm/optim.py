@@ -146,11 +146,18 @@ class LaProp:
         clip: largest ratio of the norms of a parameter's gradient and values; None does not clip.
         min_norm: the least norm of the values that counts.
         warmup: steps over which the learning rate grows from 0, that of the first step, to ``lr``.
+        slow: a copy that follows with each step, of a module whose parameters are the last ones of the buffer. It must not
+            be updated elsewhere.
+        rounded: whether to keep a bfloat16 copy of all parameters.
 
     Attributes:
         exp_avg: the average of the normalised gradients, ``[P]``.
         exp_avg_sq: the average of the squares, ``[P]``.
+        rounded: the bfloat16 copy, ``[P]``, as of the last step; None without.
         updates: steps taken.
+
+    Raises:
+        ValueError: what ``slow`` follows is not the last part of the buffer, or ``warmup`` is negative.
 
     Source:
         Hafner et al. (2025), Dreamer V3, and its code.
@@ -166,8 +173,16 @@ class LaProp:
         clip: float | None = 0.3,
         min_norm: float = 1e-3,
         warmup: int = 1000,
+        slow: SlowCopy | None = None,
+        rounded: bool = False,
     ) -> None:
         _check_warmup("LaProp", warmup)
+        if slow is not None and not slow.follows_the_end_of(parameters):
+            raise ValueError(
+                "LaProp: slow follows another module, but one whose parameters are the last of the buffer was expected"
+            )
+        self.slow = slow
+        self.rounded = parameters.data.to(torch.bfloat16) if rounded else None
         self.parameters = parameters
         self.lr, self.betas, self.eps = lr, betas, eps
         self.clip, self.min_norm, self.warmup = clip, min_norm, warmup
@@ -206,6 +221,9 @@ class LaProp:
             eps=self.eps,
             clip=self.clip,
             min_norm=self.min_norm,
+            slow=None if self.slow is None else self.slow.data,
+            slow_rate=0.0 if self.slow is None else self.slow.rate,
+            rounded=self.rounded,
         )
 
 
@@ -218,6 +236,7 @@ class SlowCopy:
 
     Attributes:
         module: the copy. Its parameters want no gradients.
+        data: its parameters as one contiguous buffer, ``[Q]``, of which they are views.
     """
 
     def __init__(self, module: nn.Module, *, rate: float = 0.02) -> None:
@@ -227,6 +246,16 @@ class SlowCopy:
         self.module = copy.deepcopy(module).requires_grad_(False)
         self._slow: list[Tensor] = list(self.module.parameters())
         self._fast: list[Tensor] = list(module.parameters())
+        self.data = torch.cat([p.reshape(-1) for p in self._slow]) if self._slow else torch.empty(0)
+        start = 0
+        for p in self._slow:
+            p.data = self.data[start : start + p.numel()].view_as(p)
+            start += p.numel()
+
+    def follows_the_end_of(self, parameters: FlatParameters) -> bool:
+        """Whether what is followed are the last parameters of a flat buffer, in their order."""
+        last = list(parameters.views.values())[len(parameters.views) - len(self._fast) :]
+        return len(last) == len(self._fast) and all(a is b for a, b in zip(last, self._fast, strict=True))
 
     @torch.no_grad()
     def update(self) -> None:

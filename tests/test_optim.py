@@ -138,6 +138,27 @@ def test_laprop_learns() -> None:
     assert losses[-1] < 0.05 * losses[0]
 
 
+def test_what_follows_the_end_of_the_buffer_moves_with_the_step() -> None:
+    network = _network()
+    flat = FlatParameters(network)
+    last = network.layers[-1]
+    slow, alone = SlowCopy(last, rate=0.25), SlowCopy(last, rate=0.25)
+    optimizer = LaProp(flat, lr=1e-2, warmup=0, slow=slow, rounded=True)
+    for _ in range(3):
+        flat.backward(_loss(network, 0))
+        optimizer.step()
+        alone.update()
+        assert optimizer.rounded is not None
+        assert torch.equal(optimizer.rounded, flat.data.bfloat16())
+    torch.testing.assert_close(slow.data, alone.data)
+    assert not torch.equal(slow.data, flat.data[-len(slow.data) :])
+    copied = torch.cat([p.flatten() for p in slow.module.parameters()])
+    assert torch.equal(copied, slow.data)
+    first = SlowCopy(network.layers[0])
+    with pytest.raises(ValueError, match="LaProp: slow follows another module, but one whose parameters"):
+        LaProp(flat, slow=first)
+
+
 def test_a_slow_copy_follows() -> None:
     network = _network()
     flat = FlatParameters(network)

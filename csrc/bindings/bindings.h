@@ -208,6 +208,15 @@ class Call {
     return static_cast<const int64_t*>(data(view));
   }
 
+  // bfloat16 [N], as its bits.
+  uint16_t* bfloat16s(py::handle object, int64_t N) {
+    View v;
+    if (!ok_ || !view_of(object, v) || v.dtype.code != abi::kBFloat || v.dtype.bits != 16 || v.dtype.lanes != 1 ||
+        v.ndim != 1 || v.shape[0] != N || !abi::same_device(v, first_))
+      return refuse();
+    return static_cast<uint16_t*>(const_cast<void*>(plain(object, v)));
+  }
+
   // uint8 of the first `rank` sizes of `like`, then `extra`.
   const uint8_t* bytes(py::handle object, const View& like, int rank, int64_t extra) {
     View v;

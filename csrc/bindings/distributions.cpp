@@ -179,12 +179,15 @@ bool is_bins(Call& call) {
   return B >= 3 && B % 2 == 1 && B <= kMaxBins;
 }
 
-py::object symexp_twohot_loss(py::handle logits, py::handle target, bool direct) {
+py::object symexp_twohot_loss(py::handle logits, py::handle target, py::handle other, py::handle other_scale,
+                              bool direct) {
   Call call("symexp_twohot_loss", direct);
   const void* l = call.first(logits, -1);
   if (!is_bins(call)) return py::none();
   const Rows rows(call, 1);
   const void* y = call.floats(target, call.first(), rows.rank);
+  const void* y2 = other.is_none() ? nullptr : call.floats(other, call.first(), rows.rank);
+  const double scale = call.number(other_scale, 0, Call::kFinite);
   py::object answer;
   if (call.declines(answer)) return answer;
   void* loss_data;
@@ -192,27 +195,31 @@ py::object symexp_twohot_loss(py::handle logits, py::handle target, bool direct)
   if (!call.ok()) return py::none();
   if (call.numel() > 0)
     by_dtype(call, [&]<typename S>() {
-      const pywm::SymexpTwohotLossArgs<S> a{in<S>(l), in<S>(y), out<S>(loss_data), rows.M, call.size(rows.rank)};
+      const pywm::SymexpTwohotLossArgs<S> a{in<S>(l),           in<S>(y), in<S>(y2),
+                                            out<S>(loss_data), rows.M,   call.size(rows.rank),
+                                            S(scale)};
       call.run([&] { pywm::cpu::symexp_twohot_loss(a); },
                [&](void* stream) { pywm::cuda::symexp_twohot_loss(a, stream); });
     });
   return loss;
 }
 
-py::object symexp_twohot_loss_backward(py::handle grad, py::handle logits, py::handle target) {
+py::object symexp_twohot_loss_backward(py::handle grad, py::handle logits, py::handle target, py::handle other,
+                                       double other_scale) {
   Call call("symexp_twohot_loss_backward", true);
   const void* l = call.first(logits, -1);
   if (!is_bins(call)) return py::none();
   const Rows rows(call, 1);
   const void* g = call.floats(grad, call.first(), rows.rank);
   const void* y = call.floats(target, call.first(), rows.rank);
+  const void* y2 = other.is_none() ? nullptr : call.floats(other, call.first(), rows.rank);
   void* grad_data;
   py::object grad_logits = call.like_first(grad_data);
   if (!call.ok()) return py::none();
   if (call.numel() > 0)
     by_dtype(call, [&]<typename S>() {
-      const pywm::SymexpTwohotLossBackwardArgs<S> a{in<S>(g),          in<S>(l), in<S>(y),
-                                                    out<S>(grad_data), rows.M,   call.size(rows.rank)};
+      const pywm::SymexpTwohotLossBackwardArgs<S> a{in<S>(g),          in<S>(l), in<S>(y),             in<S>(y2),
+                                                    out<S>(grad_data), rows.M,   call.size(rows.rank), S(other_scale)};
       call.run([&] { pywm::cpu::symexp_twohot_loss_backward(a); },
                [&](void* stream) { pywm::cuda::symexp_twohot_loss_backward(a, stream); });
     });
@@ -367,8 +374,10 @@ void define_distributions(py::module_& m) {
   m.def("kl_balance_backward", &kl_balance_backward, "grad_dynamics"_a, "grad_representation"_a, "posterior"_a,
         "prior"_a, "kl"_a, "unimix"_a, "free_nats"_a, "want_posterior"_a, "want_prior"_a);
   define_fast<&symexp_twohot_loss>(m, "symexp_twohot_loss",
-                                   "symexp_twohot_loss(logits: object, target: object, direct: bool) -> object");
-  m.def("symexp_twohot_loss_backward", &symexp_twohot_loss_backward, "grad"_a, "logits"_a, "target"_a);
+                                   "symexp_twohot_loss(logits: object, target: object, other: object, other_scale: "
+                                   "object, direct: bool) -> object");
+  m.def("symexp_twohot_loss_backward", &symexp_twohot_loss_backward, "grad"_a, "logits"_a, "target"_a, "other"_a,
+        "other_scale"_a);
   define_fast<&symexp_twohot_mean>(m, "symexp_twohot_mean",
                                    "symexp_twohot_mean(logits: object, direct: bool) -> object");
   m.def("symexp_twohot_mean_backward", &symexp_twohot_mean_backward, "grad"_a, "logits"_a, "mean"_a);

@@ -22,6 +22,8 @@
 #include <immintrin.h>
 #endif
 
+#include "../math/bfloat16.h"
+
 namespace pywm::cpu::PYWM_ISA {
 namespace {
 
@@ -92,13 +94,10 @@ constexpr Pair kUpperHalf = 0xffff0000u;
 
 inline int64_t pairs_of(int64_t K) { return (K + 1) / 2; }
 
-// `x` rounded to bfloat16, as the upper half of the result.
-inline Pair rounded_bits(float x) {
-  const Pair bits = __builtin_bit_cast(Pair, x), magnitude = bits & 0x7fffffffu;
-  return (magnitude > 0x7f800000u ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u)) & kUpperHalf;
+inline float rounded(float x) { return __builtin_bit_cast(float, math::bfloat16_bits(x)); }
+inline Pair pair_of(float first, float second) {
+  return math::bfloat16_bits(first) >> 16 | math::bfloat16_bits(second);
 }
-inline float rounded(float x) { return __builtin_bit_cast(float, rounded_bits(x)); }
-inline Pair pair_of(float first, float second) { return rounded_bits(first) >> 16 | rounded_bits(second); }
 
 // The pairs of a row of K numbers; a missing last one is zero.
 inline void round_row(const float* __restrict x, int64_t K, Pair* __restrict pairs) {

@@ -1,7 +1,7 @@
 // Two-hot regression on the CPU: the loss and the mean of a row of bins. See pywm/ops/symexp_twohot.py.
 //
 // What: loss and mean of every row, and their gradients from the logits again.
-// Layout: M rows of B logits, contiguous, B odd; target, loss, mean [M].
+// Layout: M rows of B logits, contiguous, B odd; target, other, loss, mean [M].
 // Mapping: threads share the rows; each makes a table of the bins first, (B + 1) / 2 exponentials in double.
 // Cost: a bin reads 1 logit (backward it writes 1, too) and takes one exponential and 3 to 7 flops; a loss searches its
 //   bins in log2(B) steps.
@@ -40,7 +40,13 @@ void loss(const SymexpTwohotLossArgs<S>& a, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < a.B; ++i) exps[i] = math::exp(logits[i] - top);
     const S total = math::row_sum<S>(a.B, [&](int64_t i) { return exps[i]; });
     const auto w = math::two_hot(a.target[m], bins.bin, a.B);
-    a.loss[m] = math::two_hot_loss(w, logits[w.low], logits[w.high], top, math::log(total));
+    const S log_sum = math::log(total);
+    S loss = math::two_hot_loss(w, logits[w.low], logits[w.high], top, log_sum);
+    if (a.other) {
+      const auto v = math::two_hot(a.other[m], bins.bin, a.B);
+      loss += a.other_scale * math::two_hot_loss(v, logits[v.low], logits[v.high], top, log_sum);
+    }
+    a.loss[m] = loss;
   }
 }
 
@@ -51,9 +57,16 @@ void loss_backward(const SymexpTwohotLossBackwardArgs<S>& a, int64_t begin, int6
     S* __restrict grad_logits = a.grad_logits + m * a.B;
     math::softmax_row(a.logits + m * a.B, grad_logits, a.B);
     const auto w = math::two_hot(a.target[m], bins.bin, a.B);
-    const S grad = a.grad[m];
-    grad_logits[w.low] -= w.weight_low;
-    grad_logits[w.high] -= w.weight_high;
+    // Both losses at once: the softmax minus the mean of the two-hots, times the sum of the factors.
+    const S total = a.other ? S(1) + a.other_scale : S(1), share = S(1) / total;
+    grad_logits[w.low] -= share * w.weight_low;
+    grad_logits[w.high] -= share * w.weight_high;
+    if (a.other) {
+      const auto v = math::two_hot(a.other[m], bins.bin, a.B);
+      grad_logits[v.low] -= share * a.other_scale * v.weight_low;
+      grad_logits[v.high] -= share * a.other_scale * v.weight_high;
+    }
+    const S grad = a.grad[m] * total;
 #pragma GCC ivdep
     for (int64_t i = 0; i < a.B; ++i) grad_logits[i] *= grad;
   }

@@ -1,11 +1,13 @@
 // LaProp with adaptive gradient clipping over one flat buffer on CUDA. See pywm/ops/laprop_step.py.
 //
-// What:     The norms of each tensor's gradient and values, then the step of every parameter, in place.
-// Layout:   param, grad, exp_avg, exp_avg_sq [P] contiguous; tensor s lies in [offsets[s], offsets[s + 1]).
+// What:     The norms of each tensor's gradient and values, then the step of every parameter, in place, with what follows
+//           the last ones slowly and a bfloat16 copy.
+// Layout:   param, grad, exp_avg, exp_avg_sq, rounded [P] contiguous; tensor s lies in [offsets[s], offsets[s + 1]); slow
+//           [followed].
 // Mapping:  A block takes kPiece neighbouring numbers and goes through the tensors that they belong to: sums of squares
 //           into `workspace`; one block adds them up, a warp a tensor; then a block updates kPiece numbers again. Three
 //           launches, however many tensors there are. Predictions, not measured yet.
-// Cost:     Reads 6 numbers a parameter and writes 3.
+// Cost:     Reads 6 numbers a parameter and writes 3; one each more where it is followed, half a one for a copy.
 // Numerics: math/laprop.h in S; sums of squares in double, in a fixed order for given P and offsets: no atomics.
 //           Offsets that are none give wrong results, but touch no memory beyond the buffers.
 // Source:   Ziyin et al. 2020 (LaProp); Brock et al. 2021 (adaptive clipping); Dreamer V3's code.
@@ -89,6 +91,9 @@ __global__ void __launch_bounds__(kThreads) laprop_update_kernel(LaPropArgs<S> a
       a.param[i] = next.param;
       a.exp_avg[i] = next.exp_avg;
       a.exp_avg_sq[i] = next.exp_avg_sq;
+      const int64_t place = i - (a.P - a.followed);
+      if (a.slow && place >= 0) a.slow[place] = math::laprop_follow(a.slow[place], next.param, factors);
+      if (a.rounded) a.rounded[i] = math::laprop_round(next.param);
     }
   });
 }
@@ -101,7 +106,7 @@ template <typename S>
 void laprop_step(const LaPropArgs<S>& a, Stream stream) {
   const double bias1 = 1 - std::pow(a.beta1, double(a.step)), bias2 = 1 - std::pow(a.beta2, double(a.step));
   const math::LaPropFactors<S> factors{S(1 - a.beta1),          S(a.beta2),      S(1 - a.beta2),
-                                       S(1 / std::sqrt(bias2)), S(a.lr / bias1), S(a.eps)};
+                                       S(1 / std::sqrt(bias2)), S(a.lr / bias1), S(a.eps), S(a.slow_rate)};
   const dim3 pieces(static_cast<unsigned>(ceil_div(a.P, kPiece)));
   PYWM_LAUNCH((laprop_squares_kernel<S>), pieces, dim3(kThreads), 0, stream, a);
   check_launch("laprop_step");

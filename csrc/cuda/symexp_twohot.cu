@@ -1,7 +1,7 @@
 // Two-hot regression on CUDA: the loss and the mean of a row of bins. See pywm/ops/symexp_twohot.py.
 //
 // What:     Loss and mean of every row, and their gradients from the logits again.
-// Layout:   M rows of B logits, contiguous; target, loss, mean [M].
+// Layout:   M rows of B logits, contiguous; target, other, loss, mean [M].
 // Mapping:  A warp a row; every block makes a table of the bins first, in shared memory. Not measured yet.
 // Cost:     Reads the logits twice, the second time from L1, and writes the gradient: bandwidth-bound for many rows.
 // Numerics: Formulas of math/ in S. The mean adds bins of opposite sign first: equal logits give exactly 0. No atomics.
@@ -30,7 +30,12 @@ __global__ void __launch_bounds__(kRowThreads) symexp_twohot_loss_kernel(SymexpT
     const S* logits = a.logits + m * a.B;
     const auto softmax = warp_softmax(logits, a.B, lane);
     const auto w = math::two_hot(a.target[m], bins, a.B);
-    const S loss = math::two_hot_loss(w, logits[w.low], logits[w.high], softmax.top, math::log(softmax.total));
+    const S log_sum = math::log(softmax.total);
+    S loss = math::two_hot_loss(w, logits[w.low], logits[w.high], softmax.top, log_sum);
+    if (a.other) {
+      const auto v = math::two_hot(a.other[m], bins, a.B);
+      loss += a.other_scale * math::two_hot_loss(v, logits[v.low], logits[v.high], softmax.top, log_sum);
+    }
     if (lane == 0) a.loss[m] = loss;
   }
 }
@@ -44,9 +49,12 @@ __global__ void __launch_bounds__(kRowThreads) symexp_twohot_loss_backward_kerne
     const S* logits = a.logits + m * a.B;
     const auto softmax = warp_softmax(logits, a.B, lane);
     const auto w = math::two_hot(a.target[m], bins, a.B);
-    const S grad = a.grad[m];
-    for (int64_t i = lane; i < a.B; i += kWarp)
-      a.grad_logits[m * a.B + i] = grad * (softmax(logits[i]) - math::two_hot_weight(w, i));
+    const auto v = a.other ? math::two_hot(a.other[m], bins, a.B) : w;
+    const S scale = a.other ? a.other_scale : S(0), total = S(1) + scale, grad = a.grad[m];
+    for (int64_t i = lane; i < a.B; i += kWarp) {
+      const S targets = math::two_hot_weight(w, i) + (a.other ? scale * math::two_hot_weight(v, i) : S(0));
+      a.grad_logits[m * a.B + i] = grad * (total * softmax(logits[i]) - targets);
+    }
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../macros.h"
+#include "bfloat16.h"
 #include "exp.h"
 
 namespace pywm::math {
@@ -12,6 +13,7 @@ struct LaPropFactors {
   S rate1, beta2, rate2;  // 1 - β₁, β₂, 1 - β₂
   S inverse_sqrt_bias2;   // 1/√(1 - β₂ᵏ)
   S step_size, eps;       // lr/(1 - β₁ᵏ)
+  S slow_rate;
 };
 
 template <typename S>
@@ -34,6 +36,18 @@ PYWM_HD LaPropState<S> laprop_step(S param, S grad, S exp_avg, S exp_avg_sq, S g
   const S normalised = g / (sqrt(v) * f.inverse_sqrt_bias2 + f.eps);
   const S m = exp_avg + f.rate1 * (normalised - exp_avg);
   return {param - f.step_size * m, m, v};
+}
+
+// What follows `param` slowly.
+template <typename S>
+PYWM_HD S laprop_follow(S slow, S param, const LaPropFactors<S>& f) {
+  return slow + f.slow_rate * (param - slow);
+}
+
+// `param` as a bfloat16 number.
+template <typename S>
+PYWM_HD uint16_t laprop_round(S param) {
+  return static_cast<uint16_t>(bfloat16_bits(static_cast<float>(param)) >> 16);
 }
 
 // The segment that element i lies in: the first that ends behind it. Whatever the offsets are, one in [0, segments).

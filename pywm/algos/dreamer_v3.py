@@ -521,9 +521,9 @@ class Agent:
 # ---- learning ------------------------------------------------------------------------------------------------------------
 
 
-def _optimizer(config: Config, parameters: FlatParameters) -> LaProp | Adam:
+def _optimizer(config: Config, parameters: FlatParameters, slow_critic: SlowCopy) -> LaProp | Adam:
     if config.optimizer == "laprop":
-        return LaProp(parameters, lr=config.lr, clip=config.grad_clip, warmup=config.warmup)
+        return LaProp(parameters, lr=config.lr, clip=config.grad_clip, warmup=config.warmup, slow=slow_critic)
     return Adam(parameters, lr=config.lr, eps=1e-8, max_grad_norm=config.max_grad_norm, warmup=config.warmup)
 
 
@@ -560,7 +560,7 @@ class Learner:
     def __init__(self, agent: Agent, envs: Envs) -> None:
         config, device = agent.config, agent.device
         self.agent, self.envs, self.config = agent, envs, config
-        self.optimizer = _optimizer(config, agent.parameters)
+        self.optimizer = _optimizer(config, agent.parameters, agent.slow_critic)
         act_seed, replay_seed, self._model_seed = _seeds(config.seed)[2:]
         self.replay = Replay(
             config.replay_size,
@@ -697,7 +697,8 @@ class Learner:
         loss = world.total + actor_loss + critic_loss + config.replay_value_scale * replay_loss
         self.agent.parameters.backward(loss)
         norm = self.optimizer.step()
-        self.agent.slow_critic.update()
+        if config.optimizer == "adam":  # LaProp moves the slow critic in the same call
+            self.agent.slow_critic.update()
         if config.store_states:
             self.replay.write_back(batch.handles, deter=observed.deter, stoch=observed.index)
         return {
@@ -714,8 +715,7 @@ class Learner:
         }
 
     def _value_loss(self, logits: Tensor, returns: Tensor, slow_value: Tensor) -> Tensor:
-        loss = symexp_twohot_loss(logits, returns)
-        return loss + self.config.slow_scale * symexp_twohot_loss(logits, slow_value)
+        return symexp_twohot_loss(logits, returns, slow_value, other_scale=self.config.slow_scale)
 
     @property
     def score(self) -> float | None:

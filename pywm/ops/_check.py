@@ -211,6 +211,22 @@ def decay(function: str, name: str, x: object) -> float:
     return beta
 
 
+def changed(function: str, name: str, x: Tensor) -> None:
+    """Check that ``x`` may be changed in place: contiguous, and not watched by autograd."""
+    # A tracer cannot ask for the lazy sign; what it traces has none.
+    lazy = not torch.compiler.is_compiling() and x.is_neg()
+    if not x.is_contiguous() or lazy:
+        raise ValueError(
+            f"{function}: {name} has strides {x.stride()}{' and a lazy sign' if lazy else ''}, but a plain "
+            "contiguous buffer was expected, for it is changed in place"
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{function}: {name} requires a gradient, but a buffer that autograd does not watch was expected; "
+            "call it under torch.no_grad()"
+        )
+
+
 def flat_buffers(function: str, *, param: object, grad: object, exp_avg: object, exp_avg_sq: object) -> None:
     """Check an optimiser's buffers ``[P]``; all but the gradient are changed in place."""
     first = tensor(function, "param", param, KERNEL_DTYPES)
@@ -223,17 +239,5 @@ def flat_buffers(function: str, *, param: object, grad: object, exp_avg: object,
                 f"{function}: {name} is {tuple(x.shape)}, but {tuple(first.shape)} was expected, the shape of param"
             )
         like(function, name, x, "param", first)
-        if name == "grad":
-            continue
-        # A tracer cannot ask for the lazy sign; what it traces has none.
-        lazy = not torch.compiler.is_compiling() and x.is_neg()
-        if not x.is_contiguous() or lazy:
-            raise ValueError(
-                f"{function}: {name} has strides {x.stride()}{' and a lazy sign' if lazy else ''}, but a plain "
-                "contiguous buffer was expected, for it is changed in place"
-            )
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{function}: {name} requires a gradient, but a buffer that autograd does not watch was expected; "
-                "call it under torch.no_grad()"
-            )
+        if name != "grad":
+            changed(function, name, x)

@@ -310,8 +310,12 @@ def symexp_bins(B: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.cat([-half[1:].flip(0), half])
 
 
-def symexp_twohot_loss(logits: Tensor, target: Tensor) -> Tensor:
+def symexp_twohot_loss(
+    logits: Tensor, target: Tensor, other: Tensor | None = None, other_scale: float = 1.0
+) -> Tensor:
     """See :func:`pywm.ops.symexp_twohot_loss`."""
+    if other is not None:
+        return symexp_twohot_loss(logits, target) + other_scale * symexp_twohot_loss(logits, other)
     B = logits.shape[-1]
     bins = symexp_bins(B, logits.dtype, logits.device)
     target = target.detach()
@@ -396,6 +400,9 @@ def laprop_step_(
     eps: float,
     clip: float | None,
     min_norm: float,
+    slow: Tensor | None = None,
+    slow_rate: float = 0.02,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """See :func:`pywm.ops.laprop_step_`. Selects instead of branching on the norm, as above; looks at the offsets."""
     with torch.no_grad():
@@ -413,6 +420,11 @@ def laprop_step_(
         normalised = grad / (v.sqrt() / math.sqrt(1 - beta2**step) + eps)
         m = torch.lerp(exp_avg, normalised, 1 - beta1)
         new_param = param - lr / (1 - beta1**step) * m
+        if slow is not None:
+            followed = new_param[len(param) - len(slow) :]
+            slow.copy_(torch.where(finite, slow + slow_rate * (followed - slow), slow))
+        if rounded is not None:
+            rounded.copy_(torch.where(finite, new_param.to(rounded.dtype), rounded))
         for buffer, new in ((param, new_param), (exp_avg, m), (exp_avg_sq, v)):
             buffer.copy_(torch.where(finite, new, buffer))
         return norm

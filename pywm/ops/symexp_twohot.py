@@ -20,6 +20,7 @@ from pywm.ops._registry import (
     is_transformed,
     is_watched,
     plain,
+    plain_optional,
     served,
 )
 
@@ -30,8 +31,10 @@ _entry = _native.entry("symexp_twohot_loss")
 _entry_mean = _native.entry("symexp_twohot_mean")
 
 
-def symexp_twohot_loss(logits: Tensor, target: Tensor) -> Tensor:
-    r"""Return the cross-entropy of a two-hot target over symexp bins.
+def symexp_twohot_loss(
+    logits: Tensor, target: Tensor, other: Tensor | None = None, *, other_scale: float = 1.0
+) -> Tensor:
+    r"""Return the cross-entropy of a two-hot target over symexp bins, or the sum of two targets' cross-entropies.
 
     .. math::
         b_i = \mathrm{symexp}(x_i), \quad x = \mathrm{linspace}(-20, 20, B), \quad
@@ -39,7 +42,7 @@ def symexp_twohot_loss(logits: Tensor, target: Tensor) -> Tensor:
 
     .. math::
         w_i = \frac{b_{i+1} - y}{b_{i+1} - b_i}, \quad w_{i+1} = 1 - w_i \quad (b_i \le y < b_{i+1}), \qquad
-        L = -\sum_j w_j \ln \mathrm{softmax}(l)_j
+        L = -\sum_j (w_j + s\, w'_j) \ln \mathrm{softmax}(l)_j
 
     The target is interpolated linearly between the two bins around it, as it is, not its logarithm; so the expectation of
     the two-hot is the target. Targets beyond the outermost bins, about ±4.85e8, are clipped.
@@ -47,28 +50,34 @@ def symexp_twohot_loss(logits: Tensor, target: Tensor) -> Tensor:
     Args:
         logits: ``[..., B]`` float32 or float64 (float16 and bfloat16 through the reference), B odd, usually 255.
         target: y, ``[...]``, in its own units; a constant.
+        other: y', likewise, or None for one target only. Dreamer V3's critic learns two at once, the returns and what its
+            slow copy says, from one pass over the logits.
+        other_scale: s >= 0, the weight of the other target's cross-entropy.
 
     Returns:
         ``[...]``, in nats. Differentiable once in logits. Compiled for B <= 1023; more bins run the reference.
 
     Raises:
         TypeError: an argument is not a dense float tensor, or dtypes differ.
-        ValueError: B is even or less than 3, shapes do not fit, or devices differ.
+        ValueError: B is even or less than 3, shapes do not fit, devices differ, or ``other_scale`` is negative or infinite.
 
     Source:
         Hafner et al. (2023), "Mastering diverse domains through world models", eq. 9 and 10.
     """
     if not is_compiling() and not _native.is_disabled() and forward_ad._current_level < 0:
-        result = _entry(logits, target, False)
+        result = _entry(logits, target, other, other_scale, False)
         if result is NotImplemented:
-            return _eager(logits, target)  # type: ignore[no-any-return]
+            return _eager(logits, target, other, float(other_scale))  # type: ignore[no-any-return]
         if result is not None:
             return result  # type: ignore[no-any-return]
     first = _check_logits("symexp_twohot_loss", logits)
     _check.rows("symexp_twohot_loss", "target", target, "logits", first)
+    if other is not None:
+        _check.rows("symexp_twohot_loss", "other", other, "logits", first)
+    scale = _check.number("symexp_twohot_loss", "other_scale", other_scale, finite=True)
     if _goes_to_the_reference(first):
-        return in_float32(reference.symexp_twohot_loss, logits, target)  # type: ignore[no-any-return]
-    return torch.ops.pywm.symexp_twohot_loss(logits, target)  # type: ignore[no-any-return]
+        return in_float32(reference.symexp_twohot_loss, logits, target, other, scale)  # type: ignore[no-any-return]
+    return torch.ops.pywm.symexp_twohot_loss(logits, target, other, scale)  # type: ignore[no-any-return]
 
 
 def symexp_twohot_mean(logits: Tensor) -> Tensor:
@@ -121,39 +130,46 @@ def _goes_to_the_reference(logits: Tensor) -> bool:
 # ---- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def _fake(logits, target):  # type: ignore[no-untyped-def]
+def _fake(logits, target, other, other_scale):  # type: ignore[no-untyped-def]
     return logits.new_empty(logits.shape[:-1])
 
 
-def _forward(logits, target):  # type: ignore[no-untyped-def]
-    return served(_entry(plain(logits), plain(target), True), "symexp_twohot_loss")
+def _forward(logits, target, other, other_scale):  # type: ignore[no-untyped-def]
+    result = _entry(plain(logits), plain(target), plain_optional(other), other_scale, True)
+    return served(result, "symexp_twohot_loss")
 
 
-def _fake_backward(grad, logits, target):  # type: ignore[no-untyped-def]
+def _fake_backward(grad, logits, target, other, other_scale):  # type: ignore[no-untyped-def]
     return empty_like(logits)
 
 
-def _backward(grad, logits, target):  # type: ignore[no-untyped-def]
+def _backward(grad, logits, target, other, other_scale):  # type: ignore[no-untyped-def]
     kernel = _native.module().symexp_twohot_loss_backward
-    return served(kernel(plain(grad), plain(logits), plain(target)), "symexp_twohot_loss_backward")
+    result = kernel(plain(grad), plain(logits), plain(target), plain_optional(other), other_scale)
+    return served(result, "symexp_twohot_loss_backward")
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.other_scale = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _autograd(ctx: Any, grad: Tensor) -> Any:
     if not ctx.needs_input_grad[0]:
-        return None, None
-    logits, target = ctx.saved_tensors
+        return None, None, None, None
+    logits, target, other = ctx.saved_tensors
     watched = is_watched(grad)
     run: Callable[..., Any] = torch.ops.pywm.symexp_twohot_loss_backward if watched else _backward
-    return run(grad, logits, target), None
+    return run(grad, logits, target, other, ctx.other_scale), None, None, None
 
 
-define("symexp_twohot_loss(Tensor logits, Tensor target) -> Tensor", _fake, _forward)
 define(
-    "symexp_twohot_loss_backward(Tensor grad, Tensor logits, Tensor target) -> Tensor",
+    "symexp_twohot_loss(Tensor logits, Tensor target, Tensor? other, float other_scale) -> Tensor",
+    _fake,
+    _forward,
+)
+define(
+    "symexp_twohot_loss_backward(Tensor grad, Tensor logits, Tensor target, Tensor? other, float other_scale) -> Tensor",
     _fake_backward,
     _backward,
 )

@@ -371,12 +371,16 @@ def _twohot_logits(shape: tuple[int, ...], B: int, g: torch.Generator, dtype: to
     return torch.randn(*shape, B, generator=g, dtype=dtype) - (x - centre).square()
 
 
-def _symexp_twohot_loss(B: int) -> Callable[..., Sample]:
+def _symexp_twohot_loss(B: int, both: bool = False) -> Callable[..., Sample]:
     def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
         logits = torch.randn(*shape, B, generator=g, dtype=dtype)
-        target = torch.randn(shape, generator=g, dtype=dtype)
-        target = target.sign() * (5 * target).abs().expm1()  # some beyond the outermost bin
-        return Sample({"logits": logits, "target": target})
+
+        def target() -> Tensor:
+            y = torch.randn(shape, generator=g, dtype=dtype)
+            return y.sign() * (5 * y).abs().expm1()  # some beyond the outermost bin
+
+        tensors = {"logits": logits, "target": target()}
+        return Sample({**tensors, "other": target()}, {"other_scale": 0.5}) if both else Sample(tensors)
 
     return build
 
@@ -645,7 +649,11 @@ OPS: tuple[OpInfo, ...] = (
     OpInfo(
         name="symexp_twohot_loss",
         call=_tensor_call(ops.symexp_twohot_loss, several=False),
-        variants={"plain": _symexp_twohot_loss(_BINS), "few": _symexp_twohot_loss(15)},
+        variants={
+            "plain": _symexp_twohot_loss(_BINS),
+            "few": _symexp_twohot_loss(15),
+            "both": _symexp_twohot_loss(_BINS, both=True),
+        },
         outputs=("loss",),
         differentiable=("logits",),
         kernels=("symexp_twohot_loss", "symexp_twohot_loss_backward"),

@@ -58,21 +58,21 @@ STRUCTS = {
     "kl_balance": "*posterior *prior *dynamics *representation *kl M G K unimix free_nats",
     "kl_balance_backward": "*grad_dynamics *grad_representation *posterior *prior *kl *grad_posterior *grad_prior "
     "M G K unimix free_nats",
-    "symexp_twohot_loss": "*logits *target *loss M B",
-    "symexp_twohot_loss_backward": "*grad *logits *target *grad_logits M B",
+    "symexp_twohot_loss": "*logits *target *other *loss M B other_scale",
+    "symexp_twohot_loss_backward": "*grad *logits *target *other *grad_logits M B other_scale",
     "symexp_twohot_mean": "*logits *mean M B",
     "symexp_twohot_mean_backward": "*grad *logits *mean *grad_logits M B",
     "gaussian_sample": "*mean *raw_std *noise *sample *std P min_std sigmoid2",
     "gaussian_sample_backward": "*grad_sample *grad_std *raw_std *noise *grad_mean *grad_raw_std P sigmoid2",
-    "laprop_step": "*param *grad *exp_avg *exp_avg_sq *norm *offsets *workspace P segments step "
-    "#lr #beta1 #beta2 #eps #clip #min_norm",
+    "laprop_step": "*param *grad *exp_avg *exp_avg_sq *norm *slow *rounded *offsets *workspace P segments step followed "
+    "#lr #beta1 #beta2 #eps #clip #min_norm #slow_rate",
     "gaussian_kl": "*mean_q *std_q *mean_p *std_p *kl M Z",
     "gaussian_kl_backward": "*grad *mean_q *std_q *mean_p *std_p "
     "*grad_mean_q *grad_std_q *grad_mean_p *grad_std_p M Z",
 }
 _SIZES = {"T", "N", "M", "G", "K", "B", "Z", "P", "D", "U", "A"}
 _SIZES |= {"width", "log_std_rows", "slots", "offset", "stream", "groups", "classes", "turns"}
-_SIZES |= {"H", "add_stride", "u_stride", "segments", "step"}
+_SIZES |= {"H", "add_stride", "u_stride", "segments", "step", "followed"}
 _DOUBLES = {"clip", "value_clip", "value_coef", "entropy_coef", "unimix", "free_nats"}
 _FLAGS = {"normalize_advantage", "layer", "normal", "sigmoid2"}
 _POISON = 0xFF  # as a float: NaN

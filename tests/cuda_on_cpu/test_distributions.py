@@ -81,6 +81,11 @@ SETTINGS = [
         for sizes in [(1, 3), (9, 15), (20, 255), (3, 1023)]
     ),
     *(
+        Setting(op, sizes, (0.5,))
+        for op in ("symexp_twohot_loss", "symexp_twohot_loss_backward")
+        for sizes in [(1, 3), (20, 255)]
+    ),
+    *(
         Setting(op, sizes, (sigmoid2,))
         for op in ("gaussian_sample", "gaussian_sample_backward")
         for sizes in [(1,), (257,), (1000,)]
@@ -187,10 +192,14 @@ def twohot_case(setting: Setting, dtype: str, g: np.random.Generator) -> Case:
     grad = g.standard_normal(M).astype(dtype)
     if "loss" in setting.op:
         logits = g.standard_normal((M, B)).astype(dtype)
-        target = (np.sign(g.standard_normal(M)) * np.expm1(25 * g.random(M))).astype(dtype)
-        target[0] = 0
-        arrays, leaf = {"logits": logits, "target": target}, _leaf(logits)
-        output, name = reference.symexp_twohot_loss(leaf, torch.from_numpy(target).double()), "loss"
+        targets = (np.sign(g.standard_normal((2, M))) * np.expm1(25 * g.random((2, M)))).astype(dtype)
+        targets[0, 0] = 0
+        names = ("target", "other") if setting.options else ("target",)
+        if setting.options:
+            numbers["other_scale"] = setting.options[0]
+        arrays, leaf = {"logits": logits, **dict(zip(names, targets, strict=False))}, _leaf(logits)
+        exact = [torch.from_numpy(arrays[name]).double() for name in names]
+        output, name = reference.symexp_twohot_loss(leaf, *exact, *setting.options), "loss"
     else:
         x = np.linspace(-20, 20, B)
         logits = (g.standard_normal((M, B)) - (x - g.standard_normal((M, 1))) ** 2).astype(dtype)

@@ -158,6 +158,49 @@ def test_the_norm_of_large_and_small_gradients_is_right():
         assert all(bool(x.isfinite().all()) for x in state)
 
 
+@both_dtypes
+@pytest.mark.parametrize("followed", [0, 1, 3000, None], ids=["nothing", "one", "some", "all"])
+def test_what_follows_the_last_parameters_moves_slowly(followed, dtype, device):
+    state = [x.to(device) for x in buffers((7000, 1, 4095), dtype)]
+    plain = [x.clone() for x in state]
+    Q = len(state[0]) if followed is None else followed
+    slow = torch.randn(Q, generator=torch.Generator().manual_seed(1), dtype=dtype).to(device)
+    before = slow.clone()
+    with kernels(1, device):
+        laprop_step_(*state, **NUMBERS, slow=slow, slow_rate=0.02)
+    laprop_step_(*plain, **NUMBERS)
+    assert all(torch.equal(a, b) for a, b in zip(state, plain, strict=True))  # nothing else is touched
+    torch.testing.assert_close(slow, torch.lerp(before, state[0][len(state[0]) - Q :], 0.02))
+    with _native.disabled():
+        again, reference = [x.to(device) for x in buffers((7000, 1, 4095), dtype)], before.clone()
+        laprop_step_(*again, **NUMBERS, slow=reference, slow_rate=0.02)
+    torch.testing.assert_close(slow, reference)
+
+
+@both_dtypes
+@pytest.mark.parametrize("enabled", [True, False], ids=["kernel", "reference"])
+def test_the_bfloat16_copy_is_the_new_parameters_rounded(enabled, dtype):
+    state = buffers((7000, 1, 4095), dtype)
+    state[0][:4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38])
+    state[1][:4], state[2][:4] = 0, 0
+    copy = torch.full_like(state[0], 7, dtype=torch.bfloat16)
+    with contextlib.nullcontext() if enabled else _native.disabled():
+        laprop_step_(*state, **{**NUMBERS, "clip": None}, rounded=copy)
+    assert torch.equal(copy.view(torch.int16)[4:], state[0].to(torch.bfloat16).view(torch.int16)[4:])
+    torch.testing.assert_close(copy[:4], state[0][:4].to(torch.bfloat16), equal_nan=True)
+
+
+@pytest.mark.parametrize("enabled", [True, False], ids=["kernel", "reference"])
+def test_a_step_that_is_skipped_moves_no_follower_either(enabled):
+    state = buffers((40, 5000))
+    state[1][4321] = float("nan")
+    slow, copy = torch.ones(30), torch.full((5040,), 7.0, dtype=torch.bfloat16)
+    with contextlib.nullcontext() if enabled else _native.disabled():
+        laprop_step_(*state, step=1, lr=0.1, slow=slow, slow_rate=1.0, rounded=copy)
+    assert (slow == 1).all()
+    assert (copy == 7).all()
+
+
 @pytest.mark.parametrize("offsets", [[0], [0, 0, 0]])
 def test_a_buffer_of_nothing(offsets):
     state = [torch.zeros(0) for _ in range(4)]
@@ -219,7 +262,9 @@ def test_result_does_not_depend_on_the_number_of_threads():
 def test_opcheck():
     numbers = 3, 0.1, 0.9, 0.999, 1e-20
     for clip in (None, 0.3):
-        torch.library.opcheck(torch.ops.pywm.laprop_step_, (*buffers((4, 3)), *numbers, clip, 1e-3))
+        for slow, copy in ((None, None), (torch.zeros(5), torch.zeros(7, dtype=torch.bfloat16))):
+            arguments = (*buffers((4, 3)), *numbers, clip, 1e-3, slow, 0.02, copy)
+            torch.library.opcheck(torch.ops.pywm.laprop_step_, arguments)
 
 
 def test_compiles_without_graph_break():
@@ -292,9 +337,27 @@ def _cases():
         ("eps", -1e-8, r"\[0, inf\)"),
         ("clip", -0.5, r"\[0, inf\)"),
         ("min_norm", -0.5, r"\[0, inf\)"),
+        ("slow_rate", 1.5, r"\[0, 1\]"),
     ):
         message = f"{name} is {value}, but a number in {interval} was expected"
         yield ValueError, message, (p, g, m, v, o), {**ok, name: value}
+    for name, value, error, message in (
+        ("slow", [1.0], TypeError, "a list, but a torch.Tensor"),
+        ("slow", p.double(), TypeError, "torch.float64, but one of float32"),
+        ("slow", torch.zeros(6), ValueError, r"\(6,\), but \[Q\] with Q <= 5"),
+        ("slow", torch.zeros(1, 2), ValueError, r"\(1, 2\), but \[Q\] with Q <= 5"),
+        ("rounded", p, TypeError, "torch.float32, but one of bfloat16"),
+        ("rounded", p[:4].bfloat16(), ValueError, r"\(4,\), but \(5,\) was expected"),
+    ):
+        yield error, f"{name} is {message}", (p, g, m, v, o), {**ok, name: value}
+    strided = torch.zeros(10)[::2]
+    yield ValueError, r"slow has strides \(2,\)", (p, g, m, v, o), {**ok, "slow": strided}
+    yield (
+        ValueError,
+        "slow requires a gradient",
+        (p, g, m, v, o),
+        {**ok, "slow": p.clone().requires_grad_()},
+    )
 
 
 @pytest.mark.parametrize("enabled", [True, False], ids=["kernel", "reference"])
