@@ -16,7 +16,9 @@ On a GPU (``--device cuda``): the reference, eager, under torch.compile(mode="re
 
 Workloads: "observe" filters a window of 64 rows of 16 (posterior and prior) without gradients; "gradients" adds the
 gradients of posterior, prior, deter and stoch in all parameters and embeddings; "imagine" goes 15 steps from 1024 starts
-with a 3-layer actor of 18 classes, without gradients; "act" is one posterior step for 1 or 16 environments.
+with a 3-layer actor of 18 classes, without gradients; "act" is one posterior step for 1 or 16 environments, many times in
+a row, as an agent acts. A single one right after others' work finds none of its weights in the caches, and waits for memory
+("cold_ms").
 
 All in float32. With ``--operands bfloat16`` (where the CPU has instructions for it, and on GPUs) pywm's products round
 their operands, and every rival runs twice: under torch.autocast to bfloat16, which the ratio is taken to, and in float32
@@ -102,6 +104,7 @@ TARGETS: dict[str, dict[tuple[str, str], float]] = {
 AUTOCAST = ", autocast"  # behind the names of rivals under torch.autocast to bfloat16
 WORKLOADS = ("observe", "gradients", "imagine", "act 1", "act 16")
 COMPILE = ("none", "step", "window")
+ACTING_SECONDS = 20e-3  # an agent acts many times before it learns
 PRODUCT = 1536  # rows and columns of the matrices whose product measures the machine
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
@@ -189,9 +192,6 @@ def assert_plausible(outputs: Any, want: Any, c: RSSMConfig, workload: str) -> N
 
 
 def call_of(side: Side, workload: str, *, autocast: bool = False) -> Thunk:
-    precision = functools.partial(
-        torch.autocast, side.d.deter.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False
-    )
     call: Thunk
     if workload == "gradients":
         call = functools.partial(differentiate, side)
@@ -199,8 +199,11 @@ def call_of(side: Side, workload: str, *, autocast: bool = False) -> Thunk:
         call = side.act(int(workload.split()[1])) if workload.startswith("act") else getattr(side, workload)
 
     def quiet() -> object:
-        with torch.set_grad_enabled(workload == "gradients"), precision():
-            return call()
+        with torch.set_grad_enabled(workload == "gradients"):
+            if not autocast:  # even a switched-off one takes as long as some of these calls
+                return call()
+            with torch.autocast(side.d.deter.device.type, torch.bfloat16, cache_enabled=False):
+                return call()
 
     return quiet
 
@@ -247,7 +250,10 @@ def compare(
             compile_s[name] = round(time.perf_counter() - start, 1)
         thunks[name] = thunk
     a, b = torch.randn(2, PRODUCT, PRODUCT, device=options.device)
-    times = interleaved({**thunks, "product": lambda: torch.mm(a, b)}, options.seconds)
+    acts = workload.startswith("act")
+    everybody = {**thunks, "product": lambda: torch.mm(a, b)}
+    times = interleaved(everybody, options.seconds, ACTING_SECONDS if acts else 2e-3)
+    cold = interleaved(everybody, options.seconds / 3) if acts else {}
     peak = 2 * PRODUCT**3 / times.pop("product")  # FLOPs in a µs
     rivals = {name: x for name, x in times.items() if name != "pywm"}
     same = {name: x for name, x in rivals.items() if name.endswith(AUTOCAST)} or rivals
@@ -264,6 +270,7 @@ def compare(
         "float32_ratio": round(in_float32 / times["pywm"], 2),
         "target": TARGETS[c.operands].get((workload, options.size)),
         "ms": {name: round(x * 1e-3, 4) for name, x in sorted(times.items(), key=lambda item: item[1])},
+        "cold_ms": {name: round(cold[name] * 1e-3, 4) for name in thunks if acts},
         "share_of_peak": {name: round(flops / x / peak, 3) for name, x in times.items()},
         "compile_s": compile_s,
         "left_out": left_out,
@@ -288,6 +295,10 @@ def show(row: dict[str, Any]) -> None:
         print(
             f"    {name:28}{ms:>12.3f}{ms / row['ms']['pywm']:>9.2f}{row['share_of_peak'][name]:>9.1%}{compile_s}"
         )
+    if row["cold_ms"]:
+        alone = min(ms for name, ms in row["cold_ms"].items() if name != "pywm") / row["cold_ms"]["pywm"]
+        figures = ", ".join(f"{name} {ms:.3f}" for name, ms in row["cold_ms"].items())
+        print(f"    with the caches full of others' work, {alone:.2f} x: {figures}")
     for name, reason in row["left_out"].items():
         print(f"    {name:28}left out: {reason}")
     sys.stdout.flush()

@@ -42,21 +42,25 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(thunks: dict[str, Thunk], seconds: float) -> dict[str, float]:
+def interleaved(
+    thunks: dict[str, Thunk], seconds: float, burst_seconds: float = 2e-3
+) -> dict[str, float]:
     """Median time of a call of each thunk in µs, measured in turns for about ``seconds`` in all.
 
-    Who is called several times a turn finds the caches full of the others, and threads asleep, at first: a tenth of his
+    A turn is one call, or of short ones as many as fit into ``burst_seconds``, 200 at most. Who is called several times a turn finds the caches full of the others, and threads asleep, at first: a tenth of his
     calls, and one at least, come before the clock starts.
     """
     bursts = {}
     for name, thunk in thunks.items():
         thunk()
         synchronize()
-        start = time.perf_counter()
-        thunk()
-        synchronize()
+        start, calls = time.perf_counter(), 0
         # Long enough for the clock, short enough that nobody has a quiet moment for himself.
-        bursts[name] = max(1, min(200, int(2e-3 / max(time.perf_counter() - start, 1e-7))))
+        while calls < 200 and time.perf_counter() - start < burst_seconds:
+            thunk()
+            synchronize()
+            calls += 1
+        bursts[name] = calls
     times: dict[str, list[float]] = {name: [] for name in thunks}
     deadline = time.perf_counter() + seconds
     while len(times[next(iter(times))]) < 5 or time.perf_counter() < deadline:

@@ -25,6 +25,7 @@ from pywm.ops.gru_gates import (
     layernorm_gru_gates,
 )
 from pywm.ops.norm_act import norm_act
+from pywm.ops.philox import philox_uniform
 from pywm.ops.rssm_params import (
     Gaussian,
     Layer,
@@ -239,7 +240,9 @@ def _act(
     """A step of a few states in one call, where it is plain and nobody wants gradients; else None, and no complaint."""
     if torch.compiler.is_compiling() or _native.is_disabled() or forward_ad._current_level >= 0:
         return None
-    if type(params) is not RSSMParams or type(state) is not RSSMState or seed is not None:
+    if type(params) is not RSSMParams or type(state) is not RSSMState:
+        return None
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**64 or noise is not None):
         return None
     if type(offset) is not int or not 0 <= offset < 2**32:
         return None
@@ -259,6 +262,8 @@ def _act(
     if force is None and noise is None:
 
         def draw() -> Tensor:
+            if seed is not None:
+                return philox_uniform(seed, offset, (1, deter.shape[0], c.stoch), dtype=deter.dtype)[0]
             return torch.rand(deter.shape[0], c.stoch, dtype=deter.dtype)
 
     result = _entry(_form(c), params, deter, stoch, prev_action, embed, is_first, draw, force)

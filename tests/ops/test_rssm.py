@@ -894,6 +894,22 @@ def test_a_step_draws_as_often_whoever_serves_it():
     assert torch.equal(drawn[0][1], drawn[1][1])
 
 
+def test_a_seed_acts_in_one_call_and_means_its_noise():
+    model = make(dtype=torch.float32).requires_grad_(False)
+    inputs = window(model, 1, 3, torch.float32)
+    arguments = (inputs["state"], inputs["prev_action"][0], inputs["embed"][0], inputs["is_first"][0])
+    noise = pywm.ops.philox_uniform(2**64 - 1, 7, (1, 3, model.config.stoch))[0]
+    before = served("rssm_act")
+    counted = model.step(*arguments, seed=2**64 - 1, offset=7)
+    assert served("rssm_act") == before + 1
+    assert torch.equal(counted.index, model.step(*arguments, noise=noise).index)
+    with _native.disabled():
+        assert torch.equal(counted.index, model.step(*arguments, seed=2**64 - 1, offset=7).index)
+    for wrong in ({"seed": 2**64}, {"seed": -1}, {"seed": 1, "offset": -1}, {"seed": 1, "noise": noise}):
+        with pytest.raises(ValueError, match="rssm_step: (seed|offset) is"):
+            model.step(*arguments, **wrong)
+
+
 def test_a_function_is_no_noise():
     model = make(dtype=torch.float32).requires_grad_(False)
     action = torch.zeros(2, model.config.action)
