@@ -4,9 +4,11 @@
     python benchmarks/learning.py LunarLander-v3 --seeds 5 --out docs/results/ppo
     python benchmarks/learning.py CartPole-v1 --algo dreamer_v3 --threads 1
 
-For every environment: ``<out>/<env>.json`` (settings, versions, machine; for each seed the wall time of the training, the
-returns of 20 greedy episodes and the learning curve) and ``<out>/<env>.png``. The runs themselves stay below ``--runs``.
-A threshold that is missed makes the command fail.
+For every environment: ``<out>/<env>.json`` (settings, versions, machine; for each seed the wall time and the processor time
+of the training, the returns of 20 greedy episodes and the learning curve) and ``<out>/<env>.png``. The runs themselves stay
+below ``--runs``. A threshold that is missed makes the command fail. The time that a goal allows is compared with the
+processor time of all threads, which is about the wall time of one thread on an idle core; a busy machine lengthens that
+less.
 """
 
 from __future__ import annotations
@@ -36,11 +38,12 @@ EVALUATION_SEED = 1_000_000
 
 
 class Goal(NamedTuple):
-    """What counts as learned: in at least ``share`` of the seeds, ``score`` on average within ``seconds``."""
+    """What counts as learned: in at least ``share`` of ``seeds`` seeds, ``score`` on average within ``seconds``."""
 
     score: float
     share: float
     seconds: float = float("inf")
+    seeds: int = 5
 
 
 GOALS = {
@@ -49,9 +52,12 @@ GOALS = {
     ("ppo", "LunarLander-v3"): Goal(200, 1.0),
     ("ppo", "Acrobot-v1"): Goal(-100, 1.0),
     ("dreamer_v3", "CartPole-v1"): Goal(400, 0.8, seconds=1200),
-    ("dreamer_v3", "Pendulum-v1"): Goal(-250, 1.0, seconds=1500),
+    ("dreamer_v3", "Pendulum-v1"): Goal(-250, 1.0, seconds=1500, seeds=1),
+    # 95 % of the best return, 30.
+    ("dreamer_v3", "pywm/DelayedCopy-v0"): Goal(28.5, 1.0, seconds=240),
+    # An episode without success returns -0.5, so that 0.9 on average means a success of 95 % and more.
+    ("dreamer_v3", "pywm/Grid-v0"): Goal(0.9, 1.0, seconds=720, seeds=3),
     ("dreamer_v3", "pywm/TMaze-v0"): Goal(0.95, 1.0, seconds=240),
-    ("dreamer_v3", "pywm/Grid-v0"): Goal(0.9, 1.0, seconds=720),
 }
 
 
@@ -63,8 +69,8 @@ class Options:
     """Environments, each with the preset that suits it."""
     algo: str = "ppo"
     """The algorithm."""
-    seeds: int = 5
-    """Train with seeds 0, 1, ..."""
+    seeds: int | None = None
+    """Train with so many seeds 0, 1, ...; by default as many as the goal asks for, or 5."""
     first_seed: int = 0
     """Begin with this one instead."""
     steps: int | None = None
@@ -108,7 +114,7 @@ def learn_truncation(options: Options) -> bool:
     """Learn the value of an episode that is only ever cut, with and without the bootstrap; say whether it is right."""
     rows = []
     for bootstrap, lam, expected in TRUNCATION_VALUES:
-        for seed in range(options.first_seed, options.first_seed + options.seeds):
+        for seed in range(options.first_seed, options.first_seed + (options.seeds or 5)):
             config = ppo.Config(
                 steps=8_000, num_envs=4, num_steps=25, batch_size=100, epochs=20, lr=1e-2, discount=0.9, lam=lam,
                 bootstrap_truncated=bootstrap, max_grad_norm=None, hidden=(16,), seed=seed,
@@ -132,18 +138,19 @@ def learn(env: str, name: str, preset: Preset, options: Options) -> bool:
     if options.steps is not None:
         config = replace(config, steps=options.steps)
     folder = Path(options.runs) / options.algo / env.replace("/", "_")
-    rows = []
-    for seed in range(options.first_seed, options.first_seed + options.seeds):
+    goal, rows = GOALS.get((options.algo, env)), []
+    for seed in range(
+        options.first_seed, options.first_seed + (options.seeds or (goal.seeds if goal else 5))
+    ):
         rows.append(row := train(module, env, replace(config, seed=seed), folder / str(seed)))
         print(
             f"{env} seed {seed}: {row['return_mean']:.1f} ± {row['return_std']:.1f} after {row['steps']} steps, "
-            f"{row['seconds']:.1f} s ({row['steps'] / row['seconds']:.0f} steps/s)",
+            f"{row['seconds']:.1f} s ({row['steps'] / row['seconds']:.0f} steps/s), {row['cpu_seconds']:.1f} s of a core",
             flush=True,
         )
-    goal = GOALS.get((options.algo, env))
     reached = True
     if goal is not None:
-        good = [row["return_mean"] >= goal.score and row["seconds"] <= goal.seconds for row in rows]
+        good = [row["return_mean"] >= goal.score and row["cpu_seconds"] <= goal.seconds for row in rows]
         reached = np.mean(good) >= goal.share
         print(f"{env}: {sum(good)} of {len(good)} seeds reached {goal.score:g}", "" if reached else "MISSED")
     out = options.folder
@@ -178,9 +185,9 @@ def train(module: Any, env: str, config: Any, folder: Path) -> dict[str, Any]:
         config=to_json(config),
         total_steps=config.steps,
     ) as run:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         agent = module.train(config, env, run=run)
-        seconds = time.perf_counter() - start
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         if run.interrupted:
             raise SystemExit(130)
     envs = make(env, EPISODES, training=False)
@@ -192,6 +199,7 @@ def train(module: Any, env: str, config: Any, folder: Path) -> dict[str, Any]:
         "seed": config.seed,
         "steps": metrics[-1]["env_steps"],
         "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu_seconds, 2),
         "return_mean": result.return_mean,
         "return_std": result.return_std,
         "returns": [round(x, 2) for x in result.returns],

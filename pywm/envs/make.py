@@ -18,6 +18,7 @@ import gymnasium
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 # These register our own environments.
+import pywm.envs.delayed_copy
 import pywm.envs.grid
 import pywm.envs.tmaze
 import pywm.envs.toy  # noqa: F401

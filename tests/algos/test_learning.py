@@ -1,6 +1,6 @@
 """The algorithms reach their scores on real environments; the same command makes the recorded results.
 
-python -m pytest -m slow tests/algos -k CartPole
+python -m pytest -m slow tests/algos -k "CartPole or DelayedCopy"
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[2]
         ("ppo", "Pendulum-v1"),
         ("ppo", "LunarLander-v3"),
         ("dreamer_v3", "CartPole-v1"),
+        ("dreamer_v3", "Pendulum-v1"),
+        ("dreamer_v3", "pywm/DelayedCopy-v0"),
     ],
 )
 def test_reaches_its_score(algo: str, env: str, tmp_path: Path) -> None:
@@ -36,6 +38,8 @@ def test_reaches_its_score(algo: str, env: str, tmp_path: Path) -> None:
         env,
         "--algo",
         algo,
+        "--threads",
+        "1",
         "--out",
         str(tmp_path),
         "--runs",
@@ -45,8 +49,10 @@ def test_reaches_its_score(algo: str, env: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert result.returncode == 0, result.stdout
-    assert len(json.loads((tmp_path / f"{env}.json").read_text())["seeds"]) == 5
-    assert (tmp_path / f"{env}.png").stat().st_size > 10_000
+    stem = env.replace("/", "_")
+    record = json.loads((tmp_path / f"{stem}.json").read_text())
+    assert len(record["seeds"]) == record["goal"]["seeds"]
+    assert (tmp_path / f"{stem}.png").stat().st_size > 10_000
 
 
 TRUNCATION = ROOT / "docs" / "results" / "ppo" / "pywm_Truncation-v0.json"
@@ -62,16 +68,20 @@ def test_recorded_values_of_cut_episodes_are_right() -> None:
 
 def test_there_are_recorded_results() -> None:
     found = {(record.parent.name, record.stem) for record in RECORDS}
-    assert {("ppo", "CartPole-v1"), ("ppo", "Pendulum-v1"), ("dreamer_v3", "CartPole-v1")} <= found
+    assert {("ppo", "CartPole-v1"), ("ppo", "Pendulum-v1")} <= found
+    assert {("dreamer_v3", "CartPole-v1"), ("dreamer_v3", "Pendulum-v1")} <= found
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: f"{record.parent.name}-{record.stem}")
 def test_recorded_results_reach_the_goal(record: Path) -> None:
     result = json.loads(record.read_text())
     goal = result["goal"]
+    # Of cores, where it was recorded: how long a run waits for one is no property of the algorithm.
+    seconds = [row.get("cpu_seconds", row["seconds"]) for row in result["seeds"]]
     good = [
-        row["return_mean"] >= goal["score"] and row["seconds"] <= goal["seconds"] for row in result["seeds"]
+        row["return_mean"] >= goal["score"] and spent <= goal["seconds"]
+        for row, spent in zip(result["seeds"], seconds, strict=True)
     ]
-    assert len(good) >= 5
+    assert len(good) >= goal.get("seeds", 5)
     assert sum(good) >= goal["share"] * len(good)
     assert all(len(row["returns"]) == 20 for row in result["seeds"])

@@ -29,6 +29,7 @@ from pywm.types import State
         ("pywm/Truncation-v0", None),
         ("pywm/Match-v0", None),
         ("pywm/TMaze-v0", None),
+        ("pywm/DelayedCopy-v0", None),
         ("pywm/Grid-v0", None),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,13 @@ import pytest
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 
 from pywm.envs import Envs, check_env, make
+from pywm.envs.delayed_copy import DelayedCopy
 from pywm.envs.grid import MOVES, Grid
 from pywm.envs.tmaze import TMaze
 from pywm.errors import UserError
 
 Policy = Callable[[np.ndarray], np.ndarray]
-IDS = ["pywm/TMaze-v0", "pywm/Grid-v0"]
+IDS = ["pywm/TMaze-v0", "pywm/DelayedCopy-v0", "pywm/Grid-v0"]
 
 
 def play(envs: Envs, policy: Policy, episodes: int) -> list[Any]:
@@ -47,6 +49,18 @@ class Remember:
 def at_random(num_envs: int, num_actions: int) -> Policy:
     rng = np.random.default_rng(0)
     return lambda _: rng.integers(0, num_actions, num_envs)
+
+
+class Queue:
+    """Name the symbol of ``delay`` observations ago, of ``[N, symbols + (symbols + 1)]`` one-hots."""
+
+    def __init__(self, num_envs: int, delay: int, symbols: int = 2) -> None:
+        self.queue = deque([np.zeros(num_envs, np.int64)] * (delay + 1), maxlen=delay + 1)
+        self.symbols = symbols
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        self.queue.append(obs[:, : self.symbols].argmax(1))
+        return self.queue[0]
 
 
 @pytest.mark.parametrize("env_id", IDS)
@@ -90,6 +104,57 @@ def test_the_maze_draws_itself() -> None:
     assert all(p is not None and p.shape == (48, 64, 3) and p.dtype == np.uint8 for p in pictures)
     assert len({p.tobytes() for p in pictures if p is not None}) == 5
     assert TMaze().render() is None
+
+
+def test_ten_steps_of_memory_copy_all_symbols_and_nine_copy_half_of_them() -> None:
+    env_id = "pywm/DelayedCopy-v0"
+    best = play(make(env_id, 8), Queue(8, delay=10), 40)
+    assert {(e.return_, e.length) for e in best} == {(30.0, 40)}
+    short = [Queue(8, delay=delay) for delay in (0, 1, 5, 8, 9, 11)]
+    for policy in (
+        *short,
+        lambda obs: obs[:, 3:].argmax(1),
+        at_random(8, 2),
+        lambda _: np.zeros(8, np.int64),
+    ):
+        assert np.mean([e.return_ for e in play(make(env_id, 8), policy, 400)]) == pytest.approx(15, abs=0.7)
+
+
+@pytest.mark.parametrize(("symbols", "delay", "steps"), [(2, 1, 2), (3, 4, 12), (5, 10, 30)])
+def test_answers_come_a_step_late_and_only_when_something_was_due(
+    symbols: int, delay: int, steps: int
+) -> None:
+    env = DelayedCopy(symbols, delay, steps)
+    obs, _ = env.reset(seed=0)
+    shown, answers, rewards, truncated = [obs[0]], [obs[1]], [], False
+    while not truncated:
+        t = len(rewards)
+        right = shown[t - delay] if t >= delay else 0
+        action = right if t % 3 else (right + 1) % symbols
+        obs, reward, terminated, truncated, _ = env.step(action)
+        assert not terminated
+        assert reward == float(t >= delay and t % 3 > 0)
+        shown.append(obs[0])
+        answers.append(obs[1])
+        rewards.append(reward)
+    assert len(rewards) == steps
+    assert answers[: delay + 1] == [0] * (delay + 1)
+    assert answers[delay + 1 :] == [1 + x for x in shown[: steps - delay]]
+
+
+def test_the_copy_draws_itself() -> None:
+    env = DelayedCopy(3, 1, 5, render_mode="rgb_array")
+    env.reset(seed=0)
+    pictures = [env.render()]
+    for _ in range(5):
+        env.step(0)
+        pictures.append(env.render())
+    assert all(p is not None and p.shape == (32, 48, 3) and p.dtype == np.uint8 for p in pictures)
+    assert pictures[0] is not None
+    assert (pictures[0][16:] == 40).all()
+    assert pictures[-1] is not None
+    assert not (pictures[-1][16:] == 40).all()
+    assert DelayedCopy().render() is None
 
 
 def test_the_straight_way_is_the_best_in_the_grid() -> None:
@@ -144,6 +209,13 @@ def test_start_and_goal_differ_and_come_from_the_seed() -> None:
 def test_impossible_tasks_are_refused() -> None:
     with pytest.raises(UserError, match="TMaze: delay is 0, but expected 1 or more"):
         TMaze(delay=0)
+    for kwargs, message in (
+        ({"symbols": 1}, "symbols is 1, but expected 2 or more"),
+        ({"delay": 0}, "delay is 0, but expected 1 or more"),
+        ({"delay": 10, "steps": 10}, "steps is 10, but expected 11 or more"),
+    ):
+        with pytest.raises(UserError, match=f"DelayedCopy: {message}"):
+            DelayedCopy(**kwargs)
     with pytest.raises(UserError, match="Grid: size is 1, but expected 2 or more"):
         Grid(size=1)
     for pixels in (20, 16):
