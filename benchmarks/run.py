@@ -42,13 +42,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(
-    thunks: dict[str, Thunk], seconds: float, burst_seconds: float = 2e-3
-) -> dict[str, float]:
+def interleaved(thunks: dict[str, Thunk], seconds: float, burst_seconds: float = 2e-3) -> dict[str, float]:
     """Median time of a call of each thunk in µs, measured in turns for about ``seconds`` in all.
 
-    A turn is one call, or of short ones as many as fit into ``burst_seconds``, 200 at most. Who is called several times a turn finds the caches full of the others, and threads asleep, at first: a tenth of his
-    calls, and one at least, come before the clock starts.
+    A turn is one call, or of short ones as many as fit into ``burst_seconds``, 200 at most. Who is called several times a
+    turn finds the caches full of the others, and threads asleep, at first: a tenth of his calls, and one at least, come
+    before the clock starts.
     """
     bursts = {}
     for name, thunk in thunks.items():

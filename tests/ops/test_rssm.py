@@ -906,7 +906,7 @@ def test_a_seed_acts_in_one_call_and_means_its_noise():
     with _native.disabled():
         assert torch.equal(counted.index, model.step(*arguments, seed=2**64 - 1, offset=7).index)
     for wrong in ({"seed": 2**64}, {"seed": -1}, {"seed": 1, "offset": -1}, {"seed": 1, "noise": noise}):
-        with pytest.raises(ValueError, match="rssm_step: (seed|offset) is"):
+        with pytest.raises(ValueError, match=r"rssm_step: (seed|offset) is"):
             model.step(*arguments, **wrong)
 
 
