@@ -67,6 +67,18 @@ PYWM_HD float exp_within(float x) {
 
 #endif
 
+// exp(x) for x <= 88, as differences to a largest number are: zero below -87, NaN for NaN.
+#if defined(__CUDACC__)
+PYWM_HD float exp_below(float x) { return ::expf(x); }
+#else
+PYWM_HD float exp_below(float x) {
+  constexpr float kLow = -87.f;
+  const float y = exp_within(x < kLow ? kLow : x);
+  return x < kLow ? 0.f : y;
+}
+#endif
+PYWM_HD double exp_below(double x) { return ::exp(x); }
+
 PYWM_HD float log(float x) { return ::logf(x); }
 PYWM_HD double log(double x) { return ::log(x); }
 

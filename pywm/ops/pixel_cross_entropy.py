@@ -26,8 +26,7 @@ from pywm.ops._registry import (
 MAX_CLASSES = 256
 """Classes that a target of one byte can tell apart."""
 
-_COMPILED = hasattr(_native._C, "pixel_cross_entropy")
-_entry = _native.entry("pixel_cross_entropy") if _COMPILED else lambda *_: None
+_entry = _native.entry("pixel_cross_entropy")
 
 
 def pixel_cross_entropy(logits: Tensor, target: Tensor, *, cutoff: float = 0.03) -> Tensor:
@@ -68,7 +67,7 @@ def pixel_cross_entropy(logits: Tensor, target: Tensor, *, cutoff: float = 0.03)
     _check_call(logits, target)
     nats = _check.number("pixel_cross_entropy", "cutoff", cutoff, finite=True)
     check_classes("pixel_cross_entropy", logits, target)
-    if not _COMPILED or is_transformed() or not _native.supports(logits):
+    if is_transformed() or not _native.supports(logits):
         return _reference(logits, target, nats)
     return torch.ops.pywm.pixel_cross_entropy(logits, target, nats)  # type: ignore[no-any-return]
 

@@ -418,7 +418,7 @@ def sample_starts(
 
     def pick(cells: Tensor, u: Tensor) -> Tensor:
         count = cells.flatten().cumsum(0)
-        k = (u.double() * count[-1]).long().minimum(count[-1] - 1)
+        k = (u.double() * count[-1]).nan_to_num(0).long().clamp(min=0).minimum(count[-1] - 1)
         return torch.searchsorted(count, k + 1).where(count[-1] > 0, -1)
 
     cell = pick(whole, uniform)

@@ -11,8 +11,6 @@ from pywm.ops._registry import define, is_transformed, plain, served
 MAX_SIDE = 32767
 """Pixels of a side: sums over a whole picture stay exact."""
 
-_COMPILED = hasattr(_native._C, "resize_area")
-
 
 def resize_area(frames: Tensor, size: tuple[int, int]) -> Tensor:
     r"""Shrink pictures: a pixel becomes the average of the area that it covers.
@@ -50,7 +48,7 @@ def resize_area(frames: Tensor, size: tuple[int, int]) -> Tensor:
         _check.integer(name, f"size[{i}]", n, 1, most)
         for i, (n, most) in enumerate(zip(size, x.shape[-2:], strict=True))
     )
-    if not _COMPILED or is_transformed() or not _native.has_backend(x.device.type):
+    if is_transformed() or not _native.has_backend(x.device.type):
         return reference.resize_area(x, height, width)
     return torch.ops.pywm.resize_area(x, height, width)  # type: ignore[no-any-return]
 

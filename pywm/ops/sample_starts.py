@@ -12,8 +12,6 @@ from pywm.ops import _check, _native, reference
 from pywm.ops._registry import define, is_traced, is_transformed, plain, plain_mask, served
 from pywm.ops.stack_frames import MAX_STACK
 
-_COMPILED = hasattr(_native._C, "sample_starts")
-
 
 class Starts(NamedTuple):
     """Result of :func:`sample_starts`.
@@ -21,8 +19,9 @@ class Starts(NamedTuple):
     Attributes:
         row: ``[B]`` int64, the newest row of each stack.
         env: ``[B]`` int64, its environment.
-        first: ``[B]`` int64, the oldest row that the stack shows: ``row - stack + 1``, or ``row`` for a true beginning, whose
-            frame a stack repeats. ``stack_frames(storage.flatten(0, 1), row * N + env, first * N + env, stride=N)``.
+        first: ``[B]`` int64, the oldest row that the stack shows: ``row - stack + 1``, or ``row`` for a true beginning,
+            whose frame a stack repeats. So ``stack_frames(storage.flatten(0, 1), row * N + env, first * N + env,
+            stride=N)`` are the frames.
     """
 
     row: Tensor
@@ -48,15 +47,16 @@ def sample_starts(
     .. math::
         \text{start number } \lfloor u_b S \rfloor
 
-    With ``beginning`` the first of the batch is drawn from the rows that are first instead (and valid, and not last): a true
-    episode beginning, as a reset shows it. A pure function of its arguments, in integers and float64: the same on every
-    backend.
+    With ``beginning`` the first of the batch is drawn from the rows that are first instead (and valid, and not last): a
+    true episode beginning, as a reset shows it. A pure function of its arguments, in integers and float64: the same on
+    every backend.
 
     Args:
         uniform: u, ``[B]`` float32 or float64 in [0, 1). :func:`philox_uniform` makes them.
         is_first: ``[T, N]`` bool, the row begins an episode. What came before row 0 is not known: it is no beginning unless
             it says so.
-        is_last: ``[T, N]`` bool, nothing follows the row, an episode's last observation; None where such rows are not stored.
+        is_last: ``[T, N]`` bool, nothing follows the row, an episode's last observation; None where such rows are not
+            stored.
         stack: rows of a stack, at least 1.
         valid: ``[T, N]`` bool, the row holds a frame; None if all do.
         beginning: whether the first of the batch is a true episode beginning.
@@ -77,12 +77,12 @@ def sample_starts(
     _check_call(uniform, is_first, is_last, valid)
     count = _check.integer("sample_starts", "stack", stack, 1, MAX_STACK)
     begins = _check.flag("sample_starts", "beginning", beginning)
-    if not _COMPILED or is_transformed() or not _native.supports(uniform):
+    if is_transformed() or not _native.supports(uniform):
         drawn = reference.sample_starts(uniform, is_first, is_last, valid, count, begins)
+        if not (is_compiling() or is_traced(uniform, is_first)):
+            _check_found(drawn[0], count, begins)
     else:
         drawn = torch.ops.pywm.sample_starts(uniform, is_first, is_last, valid, count, begins)
-    if not (is_compiling() or is_traced(uniform, is_first)):
-        _check_found(drawn[0], count, begins)
     return Starts(*drawn)
 
 
@@ -126,6 +126,7 @@ def _forward(uniform, is_first, is_last, valid, stack, beginning):  # type: igno
     out = [torch.empty(uniform.shape, dtype=torch.int64, device=uniform.device) for _ in range(3)]
     masks = plain(is_first), plain_mask(is_last), plain_mask(valid)
     served(_native.module().sample_starts(*out, plain(uniform), *masks, stack, beginning), "sample_starts")
+    _check_found(out[0], stack, beginning)
     return tuple(out)
 
 

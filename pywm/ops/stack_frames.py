@@ -12,7 +12,7 @@ from pywm.ops._registry import define, is_traced, is_transformed, plain, plain_o
 MAX_STACK = 1024
 """Frames of a stack."""
 
-_COMPILED = hasattr(_native._C, "stack_frames")
+_LARGEST_SCALE = 1e36  # of bytes that stay finite in float32
 
 
 def stack_frames(
@@ -42,7 +42,7 @@ def stack_frames(
     the second with ``standardize``, where μ and σ are those of one channel of one frame.
 
     A storage ``[rows, N, C, height, width]`` of N environments is ``frames.flatten(0, 1)`` with ``stride=N``: row t of
-    environment n has index ``t * N + n``. Streams one behind the other, as ``pywm.data.Replay`` has them, take a stride of 1.
+    environment n has index ``t * N + n``. Streams one behind the other, each with its rows in order, take a stride of 1.
 
     Args:
         frames: ``[R, C, height, width]`` uint8.
@@ -56,8 +56,8 @@ def stack_frames(
         dtype: of the result: float32, float64, or uint8 for the bytes as they are.
 
     Returns:
-        ``[B, stack * C, height, width]``. No gradient. On CUDA, where no error can be raised without waiting for the device,
-        a row that is not there counts as the nearest one.
+        ``[B, stack * C, height, width]``. No gradient. On CUDA a row that is not there counts as the nearest
+        one, for no error can be raised without waiting for the device.
 
     Raises:
         TypeError: frames is not uint8, index or first not int64, or noise not of ``dtype``; dtype is another one.
@@ -69,8 +69,8 @@ def stack_frames(
     """
     _check_call(frames, index, first, noise, dtype)
     count = _check.integer("stack_frames", "stack", stack, 1, MAX_STACK)
-    step = _check.integer("stack_frames", "stride", stride, 1, 2**62)
-    factor = _check.number("stack_frames", "scale", scale, -float("inf"))
+    step = _check.integer("stack_frames", "stride", stride, 1, 2**31 - 1)
+    factor = _check.number("stack_frames", "scale", scale, -_LARGEST_SCALE, _LARGEST_SCALE)
     standard = _check.flag("stack_frames", "standardize", standardize)
     if dtype == torch.uint8 and (standard or noise is not None):
         wrong = "standardize is True" if standard else "noise is a Tensor"
@@ -80,9 +80,9 @@ def stack_frames(
     if noise is not None:
         noise = noise.detach()
         _check_noise(noise, frames, index, count, dtype)
-    if not (is_compiling() or is_traced(frames, index, first)):
-        _check_rows(len(frames), index, first, step)
-    if not _COMPILED or is_transformed() or not _native.has_backend(frames.device.type):
+    if is_transformed() or not _native.has_backend(frames.device.type):
+        if not (is_compiling() or is_traced(frames, index, first)):
+            _check_rows(len(frames), index, first, step)
         return reference.stack_frames(frames, index, first, noise, count, step, factor, standard, dtype)
     return torch.ops.pywm.stack_frames(  # type: ignore[no-any-return]
         frames, index, first, noise, count, step, factor, standard, dtype
@@ -149,6 +149,7 @@ def _fake(frames, index, first, noise, stack, stride, scale, standardize, dtype)
 
 
 def _forward(frames, index, first, noise, stack, stride, scale, standardize, dtype):  # type: ignore[no-untyped-def]
+    _check_rows(len(frames), index, first, stride)
     out = torch.empty(_shape(frames, index, stack), dtype=dtype, device=frames.device)
     kernel = _native.module().stack_frames
     arguments = plain(frames), plain(index), plain(first), plain_optional(noise)
