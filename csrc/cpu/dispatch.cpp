@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -678,26 +679,29 @@ void stack_frames(const StackFramesArgs<uint8_t>& a) {
 }
 
 void resize_area(const ResizeAreaArgs& a) {
+  const int64_t of_rows = std::gcd(a.h, a.h2), of_columns = std::gcd(a.w, a.w2);
+  AreaPlan plan{a.h / of_rows, a.h2 / of_rows, a.w / of_columns, a.w2 / of_columns, nullptr, nullptr, 1};
   std::vector<int32_t> place(a.w2);
-  int64_t taps = 1;
   for (int64_t j = 0; j < a.w2; ++j) {
-    const math::Cover cover(j, a.w, a.w2);
+    const math::Cover cover(j, plan.columns, plan.columns2);
     place[j] = static_cast<int32_t>(cover.first);
-    taps = std::max(taps, cover.last - cover.first + 1);
+    plan.taps = std::max(plan.taps, cover.last - cover.first + 1);
   }
-  std::vector<int32_t> weight(taps * a.w2, 0);
+  std::vector<int32_t> weight(plan.taps * a.w2, 0);
   for (int64_t j = 0; j < a.w2; ++j) {
-    const math::Cover cover(j, a.w, a.w2);
+    const math::Cover cover(j, plan.columns, plan.columns2);
     for (int64_t q = cover.first; q <= cover.last; ++q)
-      weight[(q - cover.first) * a.w2 + j] = static_cast<int32_t>(cover.overlap(q, a.w2));
+      weight[(q - cover.first) * a.w2 + j] = static_cast<int32_t>(cover.overlap(q, plan.columns2));
   }
+  plan.place = place.data();
+  plan.weight = weight.data();
   struct Call {
     const ResizeAreaArgs& a;
-    AreaColumns columns;
-  } call{a, {place.data(), weight.data(), taps}};
+    const AreaPlan& plan;
+  } call{a, plan};
   parallel_for(a.M * a.h2, 1, a.M * a.h * a.w, &call, [](void* context, int64_t begin, int64_t end) {
     const Call& c = *static_cast<Call*>(context);
-    kernels().resize_area(c.a, c.columns, begin, end);
+    kernels().resize_area(c.a, c.plan, begin, end);
   });
 }
 

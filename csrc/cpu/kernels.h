@@ -36,8 +36,10 @@ struct NormBlocks {
   int64_t blocks, stride;
 };
 
-// What each of w2 columns adds up: weight [taps, w2] of the pixels from `place` on, 0 behind the last.
-struct AreaColumns {
+// Sizes by their common divisors, rows to rows2 and columns to columns2; and what each of w2 columns adds up: weight
+// [taps, w2] of the pixels from `place` on, 0 behind the last.
+struct AreaPlan {
+  int64_t rows, rows2, columns, columns2;
   const int32_t *place, *weight;
   int64_t taps;
 };
@@ -127,7 +129,7 @@ struct Kernels {
   const char* name;
   KernelsOf<float> f32;
   KernelsOf<double> f64;
-  void (*resize_area)(const ResizeAreaArgs&, const AreaColumns&, int64_t begin, int64_t end);
+  void (*resize_area)(const ResizeAreaArgs&, const AreaPlan&, int64_t begin, int64_t end);
   int64_t (*mark_starts)(const StartMasks&, bool beginnings, int64_t begin, int64_t end, uint8_t* marks);
 };
 

@@ -17,15 +17,14 @@
 namespace pywm::cpu::PYWM_ISA {
 namespace {
 
+constexpr int64_t kMaxima = 32;  // parts of a row's maximum
+
 template <typename S>
 void forward(const PixelCrossEntropyArgs<S>& a, int64_t begin, int64_t end) {
-  alignas(64) S exps[kMaxClasses];
   for (int64_t m = begin; m < end; ++m) {
     const S* __restrict logits = a.logits + m * a.K;
-    const S top = math::row_max(logits, a.K);
-#pragma GCC ivdep
-    for (int64_t k = 0; k < a.K; ++k) exps[k] = math::exp_below(logits[k] - top);
-    const S total = math::row_sum<S>(a.K, [&](int64_t k) { return exps[k]; });
+    const S top = math::row_max<S, kMaxima>(logits, a.K);
+    const S total = math::row_sum<S>(a.K, [&](int64_t k) { return math::exp_below(logits[k] - top); });
     a.loss[m] = math::cut_off((top - logits[a.target[m]]) + math::log(total), a.cutoff);
   }
 }

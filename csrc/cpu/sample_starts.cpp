@@ -13,23 +13,28 @@
 namespace pywm::cpu::PYWM_ISA {
 namespace {
 
+// Take the marks from cells [from, n) whose mask, from `at` on, is not kWanted.
+template <bool kWanted>
+void keep(const uint8_t* __restrict mask, int64_t at, int64_t from, int64_t n, uint8_t* __restrict marks) {
+  for (int64_t i = from; i < n; ++i) marks[i] = (mask[at + i] != 0) == kWanted ? marks[i] : 0;
+}
+
 int64_t mark_starts(const StartMasks& a, bool beginnings, int64_t begin, int64_t end, uint8_t* __restrict marks) {
   const int64_t n = end - begin, early = (a.stack - 1) * a.N - begin;
   const int64_t from = beginnings || early < 0 ? 0 : (early < n ? early : n);
   for (int64_t i = 0; i < from; ++i) marks[i] = 0;
   for (int64_t i = from; i < n; ++i) marks[i] = 1;
-  const auto require = [&](const uint8_t* __restrict mask, bool value, int64_t back) {
-    for (int64_t i = from; i < n; ++i) marks[i] &= (mask[begin - back * a.N + i] != 0) == value;
-  };
-  if (a.is_last) require(a.is_last, false, 0);
-  if (a.valid) require(a.valid, true, 0);
-  if (beginnings) require(a.is_first, true, 0);
-  for (int64_t j = 0; j < a.stack - 1 && !beginnings; ++j) {
-    require(a.is_first, false, j);
-    if (a.valid) require(a.valid, true, j + 1);
+  for (int64_t j = 0; j < (beginnings ? 1 : a.stack); ++j) {
+    const int64_t at = begin - j * a.N;  // row t - j
+    if (j == 0 && a.is_last) keep<false>(a.is_last, at, from, n, marks);
+    if (a.valid) keep<true>(a.valid, at, from, n, marks);
+    if (beginnings)
+      keep<true>(a.is_first, at, from, n, marks);
+    else if (j < a.stack - 1)
+      keep<false>(a.is_first, at, from, n, marks);
   }
   int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) count += marks[i];
+  for (int64_t i = from; i < n; ++i) count += marks[i];
   return count;
 }
 

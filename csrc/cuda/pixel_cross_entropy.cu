@@ -4,10 +4,9 @@
 // Layout:   M rows of K logits, contiguous; target, loss [M].
 // Mapping:  A warp a row, a grid-stride loop. Not measured yet.
 // Cost:     Reads the logits (forward again from L1) and writes the gradient: bandwidth-bound. Backward, a row without
-// a
-//           loss is written only.
-// Numerics: Formulas of math/ in S; backward as on the CPU. A target that is no class counts as the last one. No
-// atomics. Source:   Kaiser et al. 2020.
+//           a loss is written only.
+// Numerics: Formulas of math/ in S; backward as on the CPU. A target that is no class counts as the last one.
+// Source:   Kaiser et al. 2020.
 
 #include "../math/pixels.h"
 #include "../ops.h"

@@ -18,7 +18,7 @@ constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 4096;
 
 __global__ void __launch_bounds__(kThreads) resize_area_kernel(ResizeAreaArgs a) {
-  const math::Average average(a.h * a.w);
+  const math::Average<double> average(a.h * a.w);
   const int64_t total = a.M * a.h2 * a.w2;
   for (int64_t o = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; o < total;
        o += gridDim.x * int64_t{kThreads}) {

@@ -67,15 +67,12 @@ PYWM_HD float exp_within(float x) {
 
 #endif
 
-// exp(x) for x <= 88, as differences to a largest number are: zero below -87, NaN for NaN.
+// exp(x) for x <= 88, as differences to a largest number are; NaN for NaN. Below -87.7, where 2^n is the exponent 0 and
+// so the number 0, it is exactly that.
 #if defined(__CUDACC__)
 PYWM_HD float exp_below(float x) { return ::expf(x); }
 #else
-PYWM_HD float exp_below(float x) {
-  constexpr float kLow = -87.f;
-  const float y = exp_within(x < kLow ? kLow : x);
-  return x < kLow ? 0.f : y;
-}
+PYWM_HD float exp_below(float x) { return exp_within(x < -88.f ? -88.f : x); }
 #endif
 PYWM_HD double exp_below(double x) { return ::exp(x); }
 

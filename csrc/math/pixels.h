@@ -57,16 +57,20 @@ struct Cover {
 };
 
 // sum / area rounded to the nearest integer, halves up. The quarter keeps the quotient away from the integers by more
-// than a product with the rounded inverse is wrong, so that the result is exact.
+// than a product with the rounded inverse is wrong, so that the result is exact: in float up to an area of 1000, in
+// double for every other.
+template <typename S>
 struct Average {
-  double bias, inverse;
+  S bias, inverse;
 
-  explicit PYWM_HD Average(int64_t area) : bias(0.5 * area + 0.25), inverse(1.0 / area) {}
+  explicit PYWM_HD Average(int64_t area)
+      : bias(static_cast<S>(0.5 * static_cast<double>(area) + 0.25)), inverse(S(1) / static_cast<S>(area)) {}
   template <typename Sum>
   PYWM_HD uint8_t operator()(Sum sum) const {
-    return static_cast<uint8_t>(static_cast<int>((static_cast<double>(sum) + bias) * inverse));
+    return static_cast<uint8_t>(static_cast<int>((static_cast<S>(sum) + bias) * inverse));
   }
 };
+constexpr int64_t kFloatArea = 1000;
 
 // Which of `count` places a uniform number chooses.
 PYWM_HD int64_t chosen(double uniform, int64_t count) {
