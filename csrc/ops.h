@@ -435,6 +435,63 @@ struct SymexpTwohotMeanBackwardArgs {
   int64_t M, B;
 };
 
+// Rows of K <= kMaxClasses logits [M, K], whose classes are bytes: target, loss [M]. loss = max(0, CE - cutoff).
+template <typename S>
+struct PixelCrossEntropyArgs {
+  const S* logits;
+  const uint8_t* target;
+  S* loss;
+  int64_t M, K;
+  S cutoff;
+};
+
+template <typename S>
+struct PixelCrossEntropyBackwardArgs {
+  const S *grad, *logits, *loss;
+  const uint8_t* target;
+  S* grad_logits;
+  int64_t M, K;
+  S cutoff;
+};
+
+// Stacks out of frames [R, C, pixels]: out, and noise, which may be null, [B, stack, C, pixels]; index, first [B]. S
+// may be uint8_t, for the bytes as they are: no noise, not standardised.
+template <typename S>
+struct StackFramesArgs {
+  const uint8_t* frames;
+  const int64_t *index, *first;
+  const S* noise;
+  S* out;
+  int64_t R, B, C, pixels, stack, stride;
+  double scale;
+  bool standardize;
+};
+
+constexpr int64_t kMaxSide = 32767;  // pixels of a picture's side
+
+// frames [M, h, w], out [M, h2, w2], h2 <= h and w2 <= w.
+struct ResizeAreaArgs {
+  const uint8_t* frames;
+  uint8_t* out;
+  int64_t M, h, w, h2, w2;
+};
+
+// Of rows [T, N]; is_last and valid may be null.
+struct StartMasks {
+  const uint8_t *is_first, *is_last, *valid;
+  int64_t T, N, stack;
+};
+
+// uniform, row, env, first [B]. `beginning`: the first of them begins an episode. -1 where there is nothing to draw.
+template <typename S>
+struct SampleStartsArgs {
+  StartMasks masks;
+  const S* uniform;
+  int64_t *row, *env, *first;
+  int64_t B;
+  bool beginning;
+};
+
 // All of [P]. std = softplus(raw_std) + min_std, or with `sigmoid2` 2·sigmoid(raw_std / 2) + min_std.
 template <typename S>
 struct GaussianSampleArgs {
@@ -769,6 +826,15 @@ void symexp_twohot_mean(const SymexpTwohotMeanArgs<S>&);
 template <typename S>
 void symexp_twohot_mean_backward(const SymexpTwohotMeanBackwardArgs<S>&);
 template <typename S>
+void pixel_cross_entropy(const PixelCrossEntropyArgs<S>&);
+template <typename S>
+void pixel_cross_entropy_backward(const PixelCrossEntropyBackwardArgs<S>&);
+template <typename S>
+void stack_frames(const StackFramesArgs<S>&);
+void resize_area(const ResizeAreaArgs&);
+template <typename S>
+void sample_starts(const SampleStartsArgs<S>&);
+template <typename S>
 void gaussian_sample(const GaussianSampleArgs<S>&);
 template <typename S>
 void gaussian_sample_backward(const GaussianSampleBackwardArgs<S>&);
@@ -824,6 +890,15 @@ template <typename S>
 void symexp_twohot_mean(const SymexpTwohotMeanArgs<S>&, Stream);
 template <typename S>
 void symexp_twohot_mean_backward(const SymexpTwohotMeanBackwardArgs<S>&, Stream);
+template <typename S>
+void pixel_cross_entropy(const PixelCrossEntropyArgs<S>&, Stream);
+template <typename S>
+void pixel_cross_entropy_backward(const PixelCrossEntropyBackwardArgs<S>&, Stream);
+template <typename S>
+void stack_frames(const StackFramesArgs<S>&, Stream);
+void resize_area(const ResizeAreaArgs&, Stream);
+template <typename S>
+void sample_starts(const SampleStartsArgs<S>&, Stream);
 template <typename S>
 void gaussian_sample(const GaussianSampleArgs<S>&, Stream);
 template <typename S>

@@ -89,6 +89,8 @@ class Case:
             self.blamed.add("action")  # the distribution says what an action is
         if name in ("weight", "weights[0]", "x"):
             self.blamed.add("index")  # their shapes say how many classes there are
+        if name == "logits":
+            self.blamed.add("target")  # likewise
         self.steps.append(f"{name}: {what}")
 
     @property
@@ -248,6 +250,7 @@ ROW_OPS = (
     "symexp_twohot_mean",
     "gaussian_sample",
     "gaussian_kl",
+    "pixel_cross_entropy",
 )
 
 
@@ -537,6 +540,9 @@ def wrong_class(case: Case, name: str, x: Tensor) -> bool:
     """An action that is no class. Behind a mask it would be legal."""
     if role(x) != "classes" or x.numel() == 0:
         return False
+    logits = case.sample.tensors.get("logits")
+    if name == "target" and not (type(logits) is Tensor and logits.ndim and logits.shape[-1] < 100):
+        return False  # every byte is a class, or nobody knows how many there are
     new = x.clone()
     none = [100, 255] if x.dtype == torch.uint8 else [-1, 2**31, -(2**63), 2**63 - 1, 10**6]
     new.view(-1)[case.rng.randrange(x.numel())] = case.rng.choice(none)

@@ -41,6 +41,7 @@ void define_laprop_step(py::module_& m);
 void define_rssm(py::module_& m);
 void define_rssm_products(py::module_& m);
 void define_distributions(py::module_& m);
+void define_pixels(py::module_& m);
 
 // ---- torch, looked up once -----------------------------------------------------------------------------------------
 
@@ -116,13 +117,18 @@ class Call {
     if (!ok_ || !view_of(object, first_)) return refuse();
     object_ = object;
     const bool kernel_dtype = abi::is_type<float>(first_) || abi::is_type<double>(first_);
-#if defined(PYWM_WITH_CUDA)
-    const bool kernel_device = on_cpu() || first_.device.type == abi::kCUDA;
-#else
-    const bool kernel_device = on_cpu();
-#endif
-    if (!kernel_dtype || !kernel_device || (rank >= 0 && first_.ndim != rank)) return refuse();
+    if (!kernel_dtype || !on_kernel_device() || (rank >= 0 && first_.ndim != rank)) return refuse();
     return plain(object, first_);
+  }
+
+  // The same, of bytes.
+  const uint8_t* first_bytes(py::handle object, int rank) {
+    if (!ok_ || !view_of(object, first_)) return refuse();
+    object_ = object;
+    if (!abi::is_bytes(first_) || !on_kernel_device() || (rank >= 0 && first_.ndim != rank) ||
+        !abi::is_contiguous(first_))
+      return refuse();
+    return static_cast<const uint8_t*>(data(first_));
   }
 
   // A float tensor whose shape is the first `rank` sizes of `like`, then `extra` if it is not negative.
@@ -292,13 +298,22 @@ class Call {
 #endif
   }
 
+  // Where the numbers of a view are.
+  static void* data(const View& v) { return static_cast<char*>(v.data) + v.byte_offset; }
+
   std::nullptr_t refuse() {
     ok_ = false;
     return nullptr;
   }
 
  private:
-  static void* data(const View& v) { return static_cast<char*>(v.data) + v.byte_offset; }
+  bool on_kernel_device() const {
+#if defined(PYWM_WITH_CUDA)
+    return on_cpu() || first_.device.type == abi::kCUDA;
+#else
+    return on_cpu();
+#endif
+  }
 
   static bool is_dtype(const View& v, abi::DType dtype) {
     return v.dtype.bits == dtype.bits && v.dtype.code == dtype.code;
@@ -369,6 +384,16 @@ void by_dtype(const Call& call, const Fn& fn) {
     fn.template operator()<float>();
   else
     fn.template operator()<double>();
+}
+
+// A class that is none is all that can be wrong when a kernel runs: a ValueError for the caller to pass on.
+template <typename Run>
+void named(const Run& run) {
+  try {
+    run();
+  } catch (const std::out_of_range& error) {
+    throw py::value_error(error.what());
+  }
 }
 
 [[noreturn]] void no_cuda_kernel(const char* name);

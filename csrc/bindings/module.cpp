@@ -58,7 +58,12 @@ PYBIND11_MODULE(_C, m) {
                            "gaussian_sample",
                            "gaussian_sample_backward",
                            "gaussian_kl",
-                           "gaussian_kl_backward"})
+                           "gaussian_kl_backward",
+                           "pixel_cross_entropy",
+                           "pixel_cross_entropy_backward",
+                           "stack_frames",
+                           "resize_area",
+                           "sample_starts"})
     counter(name);
 
   m.attr("__version__") = PYWM_VERSION;
@@ -94,4 +99,5 @@ PYBIND11_MODULE(_C, m) {
   define_rssm(m);
   define_rssm_products(m);
   define_distributions(m);
+  define_pixels(m);
 }

@@ -1,6 +1,5 @@
 // The linear layer of one-hot vectors. The weight sets dtype and device.
 
-#include <stdexcept>
 #include <vector>
 
 #include "bindings.h"
@@ -22,16 +21,6 @@ struct OneHotTensors {
     return groups >= 1 && columns >= 1 && columns % groups == 0;
   }
 };
-
-// The index is what alone can be wrong now: a ValueError for the caller to pass on.
-template <typename Run>
-void named(const Run& run) {
-  try {
-    run();
-  } catch (const std::out_of_range& error) {
-    throw py::value_error(error.what());
-  }
-}
 
 py::object one_hot_linear(py::handle index, py::handle weight, py::handle bias, bool direct) {
   Call call("one_hot_linear", direct);

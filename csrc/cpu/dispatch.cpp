@@ -1,12 +1,16 @@
 // Chooses the instruction set once, and spreads each kernel over torch's threads.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "../math/pixels.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -251,15 +255,15 @@ void over_gates(void (*kernel)(const Args&, int64_t, int64_t), const Args& args)
 
 constexpr int64_t kFewOneHotRows = 32;  // fewer are not worth packing the weights
 
-void check_classes(const char* op, const uint8_t* index, int64_t M, int64_t groups, int64_t classes) {
+void check_classes(const char* op, const char* what, const uint8_t* index, int64_t M, int64_t groups, int64_t classes) {
   uint8_t largest = 0;
   for (int64_t i = 0; i < M * groups; ++i) largest = index[i] > largest ? index[i] : largest;
   if (largest < classes) return;
   for (int64_t i = 0; i < M * groups; ++i)
     if (index[i] >= classes) {
       char message[160];
-      std::snprintf(message, sizeof message, "%s: index is %d in row %lld, but 0 <= index < %lld was expected", op,
-                    int(index[i]), static_cast<long long>(i / groups), static_cast<long long>(classes));
+      std::snprintf(message, sizeof message, "%s: %s is %d in row %lld, but 0 <= %s < %lld was expected", op, what,
+                    int(index[i]), static_cast<long long>(i / groups), what, static_cast<long long>(classes));
       throw std::out_of_range(message);
     }
 }
@@ -383,7 +387,7 @@ int64_t norm_mlp_backward_workspace(const NormMlpForm& f, int64_t members) {
 }
 template <typename S>
 void norm_mlp(const NormMlpArgs<S>& a) {
-  check_classes("norm_mlp", a.index, a.form.M, a.form.groups, a.form.classes);
+  check_classes("norm_mlp", "index", a.index, a.form.M, a.form.groups, a.form.classes);
   run_team(a.members, const_cast<NormMlpArgs<S>*>(&a), [](void* context, const Team& team) {
     of<S>(kernels()).norm_mlp(*static_cast<const NormMlpArgs<S>*>(context), team);
   });
@@ -458,7 +462,7 @@ int64_t one_hot_linear_workspace(int64_t U, int64_t columns) {
 }
 template <typename S>
 void one_hot_linear(const OneHotLinearArgs<S>& a) {
-  check_classes("one_hot_linear", a.index, a.M, a.groups, a.classes);
+  check_classes("one_hot_linear", "index", a.index, a.M, a.groups, a.classes);
   const KernelsOf<S>& k = of<S>(kernels());
   const int64_t work = a.M * a.U * a.groups, panels = (a.U + kOneHotPanel - 1) / kOneHotPanel;
   if (a.M < kFewOneHotRows) return over_range(k.one_hot_linear_few, a, a.U, kColumnStep, work);
@@ -467,7 +471,7 @@ void one_hot_linear(const OneHotLinearArgs<S>& a) {
 }
 template <typename S>
 void one_hot_linear_backward(const OneHotLinearBackwardArgs<S>& a) {
-  check_classes("one_hot_linear", a.index, a.M, a.groups, a.classes);
+  check_classes("one_hot_linear", "index", a.index, a.M, a.groups, a.classes);
   const int64_t panels = (a.U + kOneHotPanel - 1) / kOneHotPanel;
   over_range(of<S>(kernels()).one_hot_linear_backward, a, panels * (a.groups + 1), 1, a.M * a.U * a.groups / 4);
 }
@@ -649,6 +653,111 @@ void symexp_twohot_mean_backward(const SymexpTwohotMeanBackwardArgs<S>& a) {
   over_range(of<S>(kernels()).symexp_twohot_mean_backward, a, a.M, 1, a.M * a.B * kWorkPerExp);
 }
 template <typename S>
+void pixel_cross_entropy(const PixelCrossEntropyArgs<S>& a) {
+  if (a.K < kMaxClasses) check_classes("pixel_cross_entropy", "target", a.target, a.M, 1, a.K);
+  over_range(of<S>(kernels()).pixel_cross_entropy, a, a.M, 1, a.M * a.K * kWorkPerExp);
+}
+template <typename S>
+void pixel_cross_entropy_backward(const PixelCrossEntropyBackwardArgs<S>& a) {
+  if (a.K < kMaxClasses) check_classes("pixel_cross_entropy_backward", "target", a.target, a.M, 1, a.K);
+  over_range(of<S>(kernels()).pixel_cross_entropy_backward, a, a.M, 1, a.M * a.K * kWorkPerExp);
+}
+template <typename S>
+void stack_frames(const StackFramesArgs<S>& a) {
+  over_range(of<S>(kernels()).stack_frames, a, a.B * a.stack, 1, a.B * a.stack * a.C * a.pixels);
+}
+template <>
+void stack_frames(const StackFramesArgs<uint8_t>& a) {
+  const auto copy = [](const StackFramesArgs<uint8_t>& args, int64_t begin, int64_t end) {
+    const int64_t size = args.C * args.pixels;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / args.stack, back = (args.stack - 1 - i % args.stack) * args.stride;
+      const int64_t row = math::stack_row(args.index[b], args.first[b], back, args.R);
+      std::memcpy(args.out + i * size, args.frames + row * size, size);
+    }
+  };
+  over_range<StackFramesArgs<uint8_t>>(copy, a, a.B * a.stack, 1, a.B * a.stack * a.C * a.pixels / 8);
+}
+
+void resize_area(const ResizeAreaArgs& a) {
+  const int64_t of_rows = std::gcd(a.h, a.h2), of_columns = std::gcd(a.w, a.w2);
+  AreaPlan plan{a.h / of_rows, a.h2 / of_rows, a.w / of_columns, a.w2 / of_columns, nullptr, nullptr, 1};
+  std::vector<int32_t> place(a.w2);
+  for (int64_t j = 0; j < a.w2; ++j) {
+    const math::Cover cover(j, plan.columns, plan.columns2);
+    place[j] = static_cast<int32_t>(cover.first);
+    plan.taps = std::max(plan.taps, cover.last - cover.first + 1);
+  }
+  std::vector<int32_t> weight(plan.taps * a.w2, 0);
+  for (int64_t j = 0; j < a.w2; ++j) {
+    const math::Cover cover(j, plan.columns, plan.columns2);
+    for (int64_t q = cover.first; q <= cover.last; ++q)
+      weight[(q - cover.first) * a.w2 + j] = static_cast<int32_t>(cover.overlap(q, plan.columns2));
+  }
+  plan.place = place.data();
+  plan.weight = weight.data();
+  struct Call {
+    const ResizeAreaArgs& a;
+    const AreaPlan& plan;
+  } call{a, plan};
+  parallel_for(a.M * a.h2, 1, a.M * a.h * a.w, &call, [](void* context, int64_t begin, int64_t end) {
+    const Call& c = *static_cast<Call*>(context);
+    kernels().resize_area(c.a, c.plan, begin, end);
+  });
+}
+
+namespace {
+
+// Numbers the marked cells of [T, N] in blocks, so that one of them is found without looking at all.
+class Marks {
+ public:
+  Marks(const StartMasks& masks, bool beginnings) : masks_(masks), beginnings_(beginnings) {
+    for (int64_t begin = 0; begin < cells(); begin += kCells) before_.push_back(before_.back() + mark(begin));
+  }
+  int64_t count() const { return before_.back(); }
+  int64_t cell(int64_t number) {
+    const auto after = std::upper_bound(before_.begin(), before_.end(), number);
+    const int64_t block = after - before_.begin() - 1, begin = block * kCells;
+    mark(begin);
+    int64_t i = -1;
+    for (int64_t left = number - before_[block]; left >= 0; left -= marks_[i]) ++i;
+    return begin + i;
+  }
+
+ private:
+  static constexpr int64_t kCells = 4096;
+
+  int64_t cells() const { return masks_.T * masks_.N; }
+  int64_t mark(int64_t begin) {
+    return kernels().mark_starts(masks_, beginnings_, begin, std::min(begin + kCells, cells()), marks_);
+  }
+
+  const StartMasks& masks_;
+  const bool beginnings_;
+  std::vector<int64_t> before_{0};
+  uint8_t marks_[kCells];
+};
+
+}  // namespace
+
+template <typename S>
+void sample_starts(const SampleStartsArgs<S>& a) {
+  const auto draw = [&](Marks& marks, int64_t b, int64_t history) {
+    const int64_t count = marks.count();
+    const int64_t cell = count > 0 ? marks.cell(math::chosen(a.uniform[b], count)) : -1;
+    a.row[b] = cell < 0 ? -1 : cell / a.masks.N;
+    a.env[b] = cell < 0 ? -1 : cell % a.masks.N;
+    a.first[b] = cell < 0 ? -1 : a.row[b] - history;
+  };
+  if (a.beginning) {
+    Marks beginnings(a.masks, true);
+    draw(beginnings, 0, 0);
+  }
+  if (a.B == 1 && a.beginning) return;
+  Marks starts(a.masks, false);
+  for (int64_t b = a.beginning ? 1 : 0; b < a.B; ++b) draw(starts, b, a.masks.stack - 1);
+}
+template <typename S>
 void gaussian_sample(const GaussianSampleArgs<S>& a) {
   over_range(of<S>(kernels()).gaussian_sample, a, a.P, 64, a.P * kWorkPerExp);
 }
@@ -722,6 +831,10 @@ void gaussian_kl_backward(const GaussianKlBackwardArgs<S>& a) {
   template void symexp_twohot_loss_backward(const SymexpTwohotLossBackwardArgs<S>&);      \
   template void symexp_twohot_mean(const SymexpTwohotMeanArgs<S>&);                       \
   template void symexp_twohot_mean_backward(const SymexpTwohotMeanBackwardArgs<S>&);      \
+  template void pixel_cross_entropy(const PixelCrossEntropyArgs<S>&);                     \
+  template void pixel_cross_entropy_backward(const PixelCrossEntropyBackwardArgs<S>&);    \
+  template void stack_frames(const StackFramesArgs<S>&);                                  \
+  template void sample_starts(const SampleStartsArgs<S>&);                                \
   template void gaussian_sample(const GaussianSampleArgs<S>&);                            \
   template void gaussian_sample_backward(const GaussianSampleBackwardArgs<S>&);           \
   template void gaussian_kl(const GaussianKlArgs<S>&);                                    \

@@ -36,6 +36,14 @@ struct NormBlocks {
   int64_t blocks, stride;
 };
 
+// Sizes by their common divisors, rows to rows2 and columns to columns2; and what each of w2 columns adds up: weight
+// [taps, w2] of the pixels from `place` on, 0 behind the last.
+struct AreaPlan {
+  int64_t rows, rows2, columns, columns2;
+  const int32_t *place, *weight;
+  int64_t taps;
+};
+
 constexpr int64_t kOneHotPanel = 64;  // outputs whose weights are packed together
 
 template <typename S>
@@ -104,6 +112,9 @@ struct KernelsOf {
   void (*symexp_twohot_loss_backward)(const SymexpTwohotLossBackwardArgs<S>&, int64_t begin, int64_t end);
   void (*symexp_twohot_mean)(const SymexpTwohotMeanArgs<S>&, int64_t begin, int64_t end);
   void (*symexp_twohot_mean_backward)(const SymexpTwohotMeanBackwardArgs<S>&, int64_t begin, int64_t end);
+  void (*pixel_cross_entropy)(const PixelCrossEntropyArgs<S>&, int64_t begin, int64_t end);
+  void (*pixel_cross_entropy_backward)(const PixelCrossEntropyBackwardArgs<S>&, int64_t begin, int64_t end);
+  void (*stack_frames)(const StackFramesArgs<S>&, int64_t begin, int64_t end);
   void (*gaussian_sample)(const GaussianSampleArgs<S>&, int64_t begin, int64_t end);
   void (*gaussian_sample_backward)(const GaussianSampleBackwardArgs<S>&, int64_t begin, int64_t end);
   void (*gaussian_kl)(const GaussianKlArgs<S>&, int64_t begin, int64_t end);
@@ -118,6 +129,8 @@ struct Kernels {
   const char* name;
   KernelsOf<float> f32;
   KernelsOf<double> f64;
+  void (*resize_area)(const ResizeAreaArgs&, const AreaPlan&, int64_t begin, int64_t end);
+  int64_t (*mark_starts)(const StartMasks&, bool beginnings, int64_t begin, int64_t end, uint8_t* marks);
 };
 
 template <typename S>

@@ -29,6 +29,10 @@ void fill_rssm_step(Kernels&);
 void fill_kl_balance(Kernels&);
 void fill_symexp_twohot(Kernels&);
 void fill_gaussian(Kernels&);
+void fill_pixel_cross_entropy(Kernels&);
+void fill_stack_frames(Kernels&);
+void fill_resize_area(Kernels&);
+void fill_sample_starts(Kernels&);
 
 const Kernels& table() {
   static Kernels filled = [] {
@@ -56,6 +60,10 @@ const Kernels& table() {
     fill_kl_balance(kernels);
     fill_symexp_twohot(kernels);
     fill_gaussian(kernels);
+    fill_pixel_cross_entropy(kernels);
+    fill_stack_frames(kernels);
+    fill_resize_area(kernels);
+    fill_sample_starts(kernels);
     return kernels;
   }();
   return filled;

@@ -67,6 +67,15 @@ PYWM_HD float exp_within(float x) {
 
 #endif
 
+// exp(x) for x <= 88, as differences to a largest number are; NaN for NaN. Below -87.7, where 2^n is the exponent 0 and
+// so the number 0, it is exactly that.
+#if defined(__CUDACC__)
+PYWM_HD float exp_below(float x) { return ::expf(x); }
+#else
+PYWM_HD float exp_below(float x) { return exp_within(x < -88.f ? -88.f : x); }
+#endif
+PYWM_HD double exp_below(double x) { return ::exp(x); }
+
 PYWM_HD float log(float x) { return ::logf(x); }
 PYWM_HD double log(double x) { return ::log(x); }
 

@@ -26,8 +26,9 @@ PYWM_HD S fold(S* parts, const Combine& combine) {
   }
 }
 
-// The largest of a row; -inf for none. A NaN may get lost here, but not in the sum of exponentials.
-template <typename S>
+// The largest of a row; -inf for none. A NaN may get lost here, but not in the sum of exponentials. More parts hide the
+// latency of comparing where rows are long.
+template <typename S, int64_t kParts = math::kParts>
 PYWM_HD S row_max(const S* __restrict x, int64_t n) {
   S parts[kParts];
   for (int64_t j = 0; j < kParts; ++j) parts[j] = -S(INFINITY);

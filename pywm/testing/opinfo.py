@@ -332,6 +332,7 @@ def _elements(shape: tuple[int, ...]) -> int:
 
 _CLASSES = 32
 _BINS = 255
+_LEVELS = 256
 
 
 def _categorical_sample(K: int, unimix: float) -> Callable[..., Sample]:
@@ -410,6 +411,21 @@ def _gaussian_kl(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype)
         "std_p": (0.5 * std_p).exp(),
     }
     return Sample({**tensors})
+
+
+def _pixel_cross_entropy(K: int, cutoff: float) -> Callable[..., Sample]:
+    def build(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Sample:
+        logits = torch.randn(*shape, K, generator=g, dtype=dtype)
+        target = torch.randint(K, shape, generator=g)
+        # A third of the rows is sure of its target, more than the cut-off asks for, and none lies on the edge.
+        lift = torch.where(mask(shape, g, 0.3), 15.0, 0.0).to(dtype).unsqueeze(-1)
+        logits = logits.scatter_add(-1, target.unsqueeze(-1), lift)
+        loss = -logits.double().log_softmax(-1).gather(-1, target.unsqueeze(-1))
+        near = torch.where((loss - cutoff).abs() < 1e-2, 1.0, 0.0).to(dtype)
+        logits = logits.scatter_add(-1, target.unsqueeze(-1), near)
+        return Sample({"logits": logits, "target": target.to(torch.uint8)}, {"cutoff": cutoff})
+
+    return build
 
 
 def _tensor_call(op: Callable[..., Any], several: bool) -> Callable[[Sample], tuple[Tensor, ...]]:
@@ -702,6 +718,22 @@ OPS: tuple[OpInfo, ...] = (
         bench_shapes=_PARTS_BENCH,
         bytes_moved=lambda shape, item: item * (math.prod(shape) * 4 + _rows(shape)),
         bytes_moved_backward=lambda shape, item: item * (math.prod(shape) * 8 + _rows(shape)),
+    ),
+    OpInfo(
+        name="pixel_cross_entropy",
+        call=_tensor_call(ops.pixel_cross_entropy, several=False),
+        variants={
+            "plain": _pixel_cross_entropy(_LEVELS, 0.03),
+            "few": _pixel_cross_entropy(5, 0.1),
+            "uncut": _pixel_cross_entropy(33, 0.0),
+        },
+        outputs=("loss",),
+        differentiable=("logits",),
+        kernels=("pixel_cross_entropy", "pixel_cross_entropy_backward"),
+        shapes=_LATENT_SHAPES,
+        bench_shapes={"catch": (16, 576), "grey": (8, 4096), "atari": (4, 25200)},
+        bytes_moved=lambda shape, item: math.prod(shape) * (item * (_LEVELS + 1) + 1),
+        bytes_moved_backward=lambda shape, item: math.prod(shape) * (item * (2 * _LEVELS + 2) + 1),
     ),
     *RSSM_OPS,
 )

@@ -91,4 +91,15 @@ EXPORT(gaussian_sample, GaussianSampleArgs)
 EXPORT(gaussian_sample_backward, GaussianSampleBackwardArgs)
 EXPORT(gaussian_kl, GaussianKlArgs)
 EXPORT(gaussian_kl_backward, GaussianKlBackwardArgs)
+EXPORT(pixel_cross_entropy, PixelCrossEntropyArgs)
+EXPORT(pixel_cross_entropy_backward, PixelCrossEntropyBackwardArgs)
+EXPORT(stack_frames, StackFramesArgs)
+EXPORT(sample_starts, SampleStartsArgs)
+
+int stack_frames_bytes(const void* args, size_t bytes) {
+  return call<pywm::StackFramesArgs<uint8_t>>(pywm::cuda::stack_frames, args, bytes);
+}
+int resize_area(const void* args, size_t bytes) {
+  return call<pywm::ResizeAreaArgs>(pywm::cuda::resize_area, args, bytes);
+}
 }

@@ -27,6 +27,10 @@ SOURCES = [
     CSRC / "cuda" / "rssm_step.cu",
     CSRC / "cuda" / "symexp_twohot.cu",
     CSRC / "cuda" / "gaussian.cu",
+    CSRC / "cuda" / "pixel_cross_entropy.cu",
+    CSRC / "cuda" / "stack_frames.cu",
+    CSRC / "cuda" / "resize_area.cu",
+    CSRC / "cuda" / "sample_starts.cu",
     HERE / "launchers.cu",
 ]
 
@@ -41,6 +45,7 @@ class Call:
         arrays: the inputs; fields not named here or in ``outputs`` are null.
         outputs: shapes of the outputs, all of ``dtype``; they start as NaN.
         byte_outputs: shapes of outputs of one byte an element.
+        index_outputs: shapes of outputs of int64.
         numbers: sizes and options.
         workspace_columns: for the PPO loss: how many columns of log_std are summed over rows.
         partial_columns: for a normalisation: how many columns of scale and shift are summed over rows.
@@ -55,6 +60,7 @@ class Call:
     workspace_columns: int | None = None
     partial_columns: int | None = None
     byte_outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    index_outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     in_place: tuple[str, ...] = ()
 
 
@@ -109,6 +115,7 @@ def _write_request(request: Path, calls: Sequence[tuple[Call, Schedule]]) -> Non
             "arrays": list(call.arrays),
             "outputs": {name: list(shape) for name, shape in call.outputs.items()},
             "byte_outputs": {name: list(shape) for name, shape in call.byte_outputs.items()},
+            "index_outputs": {name: list(shape) for name, shape in call.index_outputs.items()},
             "in_place": {name: list(call.arrays[name].shape) for name in call.in_place},
             "numbers": call.numbers,
             "schedule": [schedule.order, schedule.seed, schedule.resident],

@@ -22,6 +22,7 @@ _PPO = (
     "*old_log_prob *advantage *value *returns *old_value *valid *loss *stats *grad_value *workspace M "
     "clip value_clip value_coef entropy_coef normalize_advantage "
 )
+_STACK = "*frames *index *first *noise *out R B C pixels stack stride #scale standardize"
 STRUCTS = {
     "gae": "*reward *value *next_value *terminated *truncated *valid *advantage *returns T N discount lam",
     "gae_backward": "*grad_advantage *grad_returns *terminated *truncated *valid "
@@ -69,12 +70,20 @@ STRUCTS = {
     "gaussian_kl": "*mean_q *std_q *mean_p *std_p *kl M Z",
     "gaussian_kl_backward": "*grad *mean_q *std_q *mean_p *std_p "
     "*grad_mean_q *grad_std_q *grad_mean_p *grad_std_p M Z",
+    "pixel_cross_entropy": "*logits *target *loss M K cutoff",
+    "pixel_cross_entropy_backward": "*grad *logits *loss *target *grad_logits M K cutoff",
+    "stack_frames": _STACK,
+    "stack_frames_bytes": _STACK,
+    "resize_area": "*frames *out M h w h2 w2",
+    "sample_starts": "*is_first *is_last *valid T N stack *uniform *row *env *first B beginning",
 }
+_BYTES = ("stack_frames_bytes", "resize_area")  # launchers without a float type
 _SIZES = {"T", "N", "M", "G", "K", "B", "Z", "P", "D", "U", "A"}
 _SIZES |= {"width", "log_std_rows", "slots", "offset", "stream", "groups", "classes", "turns"}
 _SIZES |= {"H", "add_stride", "u_stride", "segments", "step", "followed"}
+_SIZES |= {"R", "C", "pixels", "stack", "stride", "h", "w", "h2", "w2"}
 _DOUBLES = {"clip", "value_clip", "value_coef", "entropy_coef", "unimix", "free_nats"}
-_FLAGS = {"normalize_advantage", "layer", "normal", "sigmoid2"}
+_FLAGS = {"normalize_advantage", "layer", "normal", "sigmoid2", "standardize", "beginning"}
 _POISON = 0xFF  # as a float: NaN
 
 
@@ -160,6 +169,8 @@ def main() -> None:
             setattr(args, name, memory.hold(arrays[f"{number}/{name}"]))
         for name, shape in call["byte_outputs"].items():
             setattr(args, name, memory.hold(np.full(shape, _POISON, np.uint8)))
+        for name, shape in call["index_outputs"].items():
+            setattr(args, name, memory.hold(np.full([*shape, 8], _POISON, np.uint8)))
         for name, shape in call["outputs"].items():
             poison = np.full(int(np.prod(shape)) * np.dtype(dtype).itemsize, _POISON, np.uint8)
             setattr(args, name, memory.hold(poison))
@@ -175,7 +186,8 @@ def main() -> None:
         for name, value in call["numbers"].items():
             setattr(args, name, value)
         library.emulator_set_schedule(*call["schedule"])
-        launcher = getattr(library, f"{op}_{'f32' if dtype == 'float32' else 'f64'}")
+        suffix = "" if op in _BYTES else "_f32" if dtype == "float32" else "_f64"
+        launcher = getattr(library, op + suffix)
         launcher.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         if launcher(ctypes.byref(args), ctypes.sizeof(args)):
             (results / f"{number}.txt").write_text(library.emulator_error().decode())
@@ -187,6 +199,10 @@ def main() -> None:
             got |= {
                 name: memory.read(getattr(args, name), shape, "uint8")
                 for name, shape in call["byte_outputs"].items()
+            }
+            got |= {
+                name: memory.read(getattr(args, name), shape, "int64")
+                for name, shape in call["index_outputs"].items()
             }
             np.savez(results / f"{number}.npz", **got)
         memory.free()

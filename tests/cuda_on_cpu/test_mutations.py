@@ -12,6 +12,8 @@ from emulation import CSRC, HERE, MODES, SCHEDULES, build, run_program, why_unav
 from launching import SOURCES, launch_all
 from test_distributions import SETTINGS as DISTRIBUTIONS
 from test_distributions import build_case as build_distribution_case
+from test_pixel_kernels import SETTINGS as PIXELS
+from test_pixel_kernels import build_case as build_pixel_case
 from test_ppo_loss import Setting, build_case
 from test_rows import Setting as RowSetting
 from test_rows import build_case as build_row_case
@@ -65,6 +67,7 @@ def races_of_the_launchers() -> list[str]:
     rows = [build_row_case(setting, "float32") for setting in ROW_SETTINGS]
     calls += [call for case in rows for call in (case.forward, case.backward)]
     calls += [build_distribution_case(setting, "float32").call for setting in DISTRIBUTIONS]
+    calls += [build_pixel_case(setting, "float32").call for setting in PIXELS]
     results = launch_all([(call, SCHEDULES["forward"]) for call in calls], "tsan")
     return [result.report for result in results if "data race" in result.report]
 
