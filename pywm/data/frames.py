@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +35,7 @@ class Windows:
     def __len__(self) -> int:
         return len(self.time)
 
-    def __getitem__(self, index: npt.NDArray[np.int64] | slice) -> Windows:
+    def __getitem__(self, index: npt.NDArray[Any] | slice) -> Windows:
         return Windows(self.rows, self.time[index], self.stream[index])
 
     def apart(self) -> Windows:

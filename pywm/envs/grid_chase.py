@@ -50,7 +50,7 @@ DENS = np.array([(0, 0), (SIDE - 1, SIDE - 1)])
 PLAYER = (255, 0, 0)
 WALL = (0, 0, 160)
 PELLET = (0, 255, 0)
-RESTING, READY = (0, 128, 128), (0, 255, 255)
+RESTING, READY = (0, 64, 96), (0, 128, 192)
 
 
 def _background() -> np.ndarray:
@@ -87,8 +87,8 @@ class _Board:
         self.player = self._go(self.player, MOVES[action])
         reward = self._eat().astype(np.float64)
         caught = self._caught()
-        moved = self._chase()
-        self.chaser = np.where((self.ready & ~caught)[:, None], moved, self.chaser)
+        by = np.sign(self.player - self.chaser)
+        self.chaser = np.where((self.ready & ~caught)[:, None], self.chaser + by, self.chaser)
         caught |= self._caught()
         distance = np.abs(self.player[:, None] - DENS).sum(-1)
         self.chaser = np.where(caught[:, None], DENS[distance.argmax(1)], self.chaser)
@@ -101,16 +101,6 @@ class _Board:
     def _go(self, at: np.ndarray, by: np.ndarray) -> np.ndarray:
         to = np.clip(at + by, 0, SIDE - 1)
         return np.where(WALLS[to[:, 0], to[:, 1]][:, None], at, to)
-
-    def _chase(self) -> np.ndarray:
-        """Return the chasers' next cells: along the longer of the two distances, along the other behind a wall."""
-        gap = self.player - self.chaser
-        first = np.where(np.abs(gap[:, 0]) >= np.abs(gap[:, 1]), 0, 1)
-        by = np.zeros((2, *gap.shape), np.int64)
-        for choice, axis in enumerate((first, 1 - first)):
-            by[choice, self._rows, axis] = np.sign(gap[self._rows, axis])
-        ahead, aside = self._go(self.chaser, by[0]), self._go(self.chaser, by[1])
-        return np.where((ahead == self.chaser).all(1)[:, None], aside, ahead)
 
     def _eat(self) -> np.ndarray:
         eaten = self.pellets & (self.player[:, None] == PELLETS).all(-1)
@@ -143,11 +133,11 @@ class _Board:
 class GridChase(gymnasium.Env):
     """Eat the pellets of a maze that is seen from above, with a chaser behind.
 
-    Player (red) and chaser (cyan) begin in two random cells of a fixed maze of 8 x 8, whose walls (blue) hold them back.
-    The player moves by a cell with each step, then the chaser, in every other step (it is dark when it rests), towards
-    the player: along the longer distance, or the other one where a wall is in the way. Being caught costs 1, and sends
-    the chaser to the corner that is farther away. Each of the four pellets (green) pays 1; with the last one the episode
-    terminates, and it is truncated after 200 steps. The picture is ``[32, 32, 3]`` uint8.
+    Player (red) and chaser (blue-green) begin in two random cells of a fixed maze of 8 x 8, whose walls (blue) hold the
+    player back. The player moves by a cell with each step, then, in every other step, the chaser, which flies over walls:
+    a row and a column towards the player. It is dark when it rests. Being caught costs 1, and sends the chaser to the
+    corner that is farther away. Each of the four pellets (green) pays 1; with the last one the episode terminates, and it
+    is truncated after 200 steps. The picture is ``[32, 32, 3]`` uint8.
 
     Args:
         render_mode: ``"rgb_array"`` shows the picture.

@@ -30,6 +30,7 @@ from pywm.types import State
         ("pywm/Match-v0", None),
         ("pywm/TMaze-v0", None),
         ("pywm/Grid-v0", None),
+        ("pywm/GridChase-v0", 30),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*out of date.*:DeprecationWarning")

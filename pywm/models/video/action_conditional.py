@@ -94,7 +94,7 @@ PROFILES: Mapping[tuple[int, int], Profile] = {
         ),
         1024,
     ),
-    (32, 32): Profile((Stage(64, 6, 4, (1, 1)), Stage(64, 4, 2, (1, 1)), Stage(64, 4, 2, (1, 1))), 256),
+    (32, 32): Profile((Stage(64, 4, 4, (0, 0)), Stage(64, 2, 2, (0, 0)), Stage(64, 3, 1, (1, 1))), 256),
 }
 """Sizes by height and width of the pictures: the paper's for whole Atari screens, and smaller ones."""
 
