@@ -1,7 +1,7 @@
 """A maze to be foreseen from pixels; importing this module registers it as ``pywm/GridChase-v0``.
 
-One walks, one follows, and nothing but the first cells is random: the next picture follows from this one and the action.
-That makes it a test of models that predict pictures, for which :func:`find_player` reads a picture back.
+One walks, one follows, and nothing but the first cell is random: the next picture follows from the last four and the
+action. That makes it a test of models that predict pictures, for which :func:`find_player` reads a picture back.
 """
 
 from __future__ import annotations
@@ -43,14 +43,13 @@ MOVES = np.array([(-1, 0), (0, 1), (1, 0), (0, -1)])
 WALLS = np.array([[mark == "#" for mark in line] for line in MAZE])
 FREE = np.argwhere(~WALLS)
 PELLETS = np.array([(r, c) for r, line in enumerate(MAZE) for c, mark in enumerate(line) if mark == "o"])
-# Where the chaser goes after a catch: the corner of these that is farther from the player.
-DENS = np.array([(0, 0), (SIDE - 1, SIDE - 1)])
+DELAY = 3  # steps that the chaser is behind
 
 # Red is the player's alone.
 PLAYER = (255, 0, 0)
 WALL = (0, 0, 160)
 PELLET = (0, 255, 0)
-RESTING, READY = (0, 64, 96), (0, 128, 192)
+CHASER = (0, 128, 192)
 
 
 def _background() -> np.ndarray:
@@ -63,40 +62,31 @@ class _Board:
     """The rules for N mazes at once.
 
     Attributes:
-        player, chaser: ``[N, 2]``, row and column.
+        player: ``[N, 2]``, row and column.
+        trail: ``[N, 3, 2]``, where the player was, the longest ago first: that is where the chaser is.
         pellets: ``[N, P]``, which are left.
-        ready: ``[N]``, whether the chaser moves with the next step; it rests in every other one.
     """
 
     def __init__(self, N: int) -> None:
         self.player = np.zeros((N, 2), np.int64)
-        self.chaser = np.zeros((N, 2), np.int64)
+        self.trail = np.zeros((N, DELAY, 2), np.int64)
         self.pellets = np.ones((N, len(PELLETS)), bool)
-        self.ready = np.zeros(N, bool)
         self._rows = np.arange(N)
         self._background = _background()
 
     def start(self, n: int, rng: np.random.Generator) -> None:
-        """Draw two different cells for maze ``n``."""
-        self.player[n], self.chaser[n] = FREE[rng.choice(len(FREE), 2, replace=False)]
-        self.pellets[n], self.ready[n] = True, False
+        """Draw the cell of maze ``n`` where player and chaser begin."""
+        self.player[n] = self.trail[n] = FREE[rng.integers(len(FREE))]
+        self.pellets[n] = True
         self._eat()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Move player and chaser; return rewards and ends, ``[N]`` each."""
+        self.trail = np.concatenate([self.trail[:, 1:], self.player[:, None]], 1)
         self.player = self._go(self.player, MOVES[action])
         reward = self._eat().astype(np.float64)
-        caught = self._caught()
-        by = np.sign(self.player - self.chaser)
-        self.chaser = np.where((self.ready & ~caught)[:, None], self.chaser + by, self.chaser)
-        caught |= self._caught()
-        distance = np.abs(self.player[:, None] - DENS).sum(-1)
-        self.chaser = np.where(caught[:, None], DENS[distance.argmax(1)], self.chaser)
-        self.ready = ~self.ready
+        caught = (self.player == self.trail[:, 0]).all(1)
         return reward - caught, np.asarray(~self.pellets.any(1))
-
-    def _caught(self) -> np.ndarray:
-        return np.asarray((self.player == self.chaser).all(1))
 
     def _go(self, at: np.ndarray, by: np.ndarray) -> np.ndarray:
         to = np.clip(at + by, 0, SIDE - 1)
@@ -114,30 +104,29 @@ class _Board:
         cells = cells.reshape(N, SIDE, CELL, SIDE, CELL, 3)
         for k, (row, column) in enumerate(PELLETS):
             cells[self.pellets[:, k], row, 1:3, column, 1:3] = PELLET
-        shade = np.where(self.ready[:, None], READY, RESTING)
-        cells[self._rows, self.chaser[:, 0], :, self.chaser[:, 1]] = shade[:, None, None]
+        cells[self._rows, self.trail[:, 0, 0], :, self.trail[:, 0, 1]] = np.array(CHASER)
         cells[self._rows, self.player[:, 0], :, self.player[:, 1]] = PLAYER
         return cells.reshape(N, PIXELS, PIXELS, 3)
 
     def get_state(self) -> State:
         """Return copies of everything."""
-        arrays = {"player": self.player, "chaser": self.chaser, "pellets": self.pellets, "ready": self.ready}
+        arrays = {"player": self.player, "trail": self.trail, "pellets": self.pellets}
         return State({name: torch.from_numpy(x.copy()) for name, x in arrays.items()}, {})
 
     def set_state(self, state: State) -> None:
         """Continue from a state of ``get_state``."""
-        for name in ("player", "chaser", "pellets", "ready"):
+        for name in ("player", "trail", "pellets"):
             getattr(self, name)[:] = state.tensors[name].numpy()
 
 
 class GridChase(gymnasium.Env):
     """Eat the pellets of a maze that is seen from above, with a chaser behind.
 
-    Player (red) and chaser (blue-green) begin in two random cells of a fixed maze of 8 x 8, whose walls (blue) hold the
-    player back. The player moves by a cell with each step, then, in every other step, the chaser, which flies over walls:
-    a row and a column towards the player. It is dark when it rests. Being caught costs 1, and sends the chaser to the
-    corner that is farther away. Each of the four pellets (green) pays 1; with the last one the episode terminates, and it
-    is truncated after 200 steps. The picture is ``[32, 32, 3]`` uint8.
+    The player (red) begins in a random cell of a fixed maze of 8 x 8, and moves by a cell with each step, unless a wall
+    (blue) is there. The chaser (blue-green) follows the track: it is where the player was three steps before. To be in one
+    cell with it costs 1, so whoever stands still or turns around in a dead end is caught. Each of the four pellets (green)
+    pays 1; with the last one the episode terminates, and it is truncated after 200 steps. The picture is ``[32, 32, 3]``
+    uint8; the last four pictures and the action say what the next one will be.
 
     Args:
         render_mode: ``"rgb_array"`` shows the picture.
@@ -154,7 +143,7 @@ class GridChase(gymnasium.Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Draw the cells of player and chaser."""
+        """Draw the first cell."""
         super().reset(seed=seed)
         self._board.start(0, self.np_random)
         return self._board.pictures()[0], {}
@@ -169,7 +158,7 @@ class GridChase(gymnasium.Env):
         return None if self.render_mode is None else self._board.pictures()[0]
 
     def get_state(self) -> State:
-        """Return the cells, the pellets that are left, and whether the chaser rests."""
+        """Return the player's last cells and the pellets that are left."""
         return self._board.get_state()
 
     def set_state(self, state: State) -> None:

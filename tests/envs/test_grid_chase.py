@@ -11,11 +11,10 @@ from gymnasium.vector import AutoresetMode
 
 from pywm.envs import Envs, check_vector_env, make
 from pywm.envs.grid_chase import (
+    CHASER,
     FREE,
     MOVES,
     PELLETS,
-    READY,
-    RESTING,
     WALLS,
     GridChase,
     GridChaseVector,
@@ -23,11 +22,12 @@ from pywm.envs.grid_chase import (
 )
 
 
-def board(player: tuple[int, int], chaser: tuple[int, int], *, ready: bool = False) -> GridChase:
+def board(*cells: tuple[int, int]) -> GridChase:
+    """A maze in which the player came through ``cells``, four of them."""
     env = GridChase()
     env.reset(seed=0)
-    env._board.player[0], env._board.chaser[0] = player, chaser
-    env._board.pellets[0], env._board.ready[0] = True, ready
+    env._board.trail[0], env._board.player[0] = cells[:3], cells[3]
+    env._board.pellets[0] = True
     return env
 
 
@@ -67,40 +67,37 @@ def test_the_batch_equals_single_mazes_step_for_step(num_envs: int) -> None:
 
 
 def test_walls_and_edges_hold_the_player() -> None:
-    env = board((0, 1), (7, 6))
+    env = board(*[(0, 1)] * 4)
     for move, cell in ((0, (0, 1)), (2, (0, 1)), (1, (0, 2)), (3, (0, 1))):
         env.step(move)
         assert tuple(env._board.player[0]) == cell
     assert WALLS[1, 1]
 
 
-def test_the_chaser_flies_towards_the_player_in_every_other_step() -> None:
-    env = board((0, 3), (7, 2))
-    seen = []
-    for _ in range(6):
-        env.step(0)  # against the edge
-        seen.append(tuple(env._board.chaser[0].tolist()))
-    assert seen == [(7, 2), (6, 3), (6, 3), (5, 3), (5, 3), (4, 3)]
-    assert WALLS[6, 3]
+def test_the_chaser_is_where_the_player_was() -> None:
+    env = board(*[(0, 3)] * 4)
+    walked, followed, rewards = [(0, 3)], [], []
+    for move in (2, 2, 1, 0, 0, 3, 1, 1):
+        _, reward, *_ = env.step(move)
+        walked.append(tuple(env._board.player[0].tolist()))
+        followed.append(tuple(env._board.trail[0, 0].tolist()))
+        rewards.append(reward)
+    assert walked == [(0, 3), (1, 3), (2, 3), (2, 4), (2, 4), (2, 4), (2, 3), (2, 4), (2, 5)]
+    assert followed == [(0, 3)] * 3 + walked[1:6]
+    assert rewards == [0, 0, 0, 0, 0, 0, -1, 0]
 
 
-@pytest.mark.parametrize(
-    ("ready", "move"), [(True, 0), (False, 1)], ids=["by the chaser", "by walking into it"]
-)
-def test_a_catch_costs_one_and_sends_the_chaser_to_the_far_corner(ready: bool, move: int) -> None:
-    env = board((0, 2), (0, 3), ready=ready)
-    _, reward, terminated, _, _ = env.step(move)
-    assert (reward, terminated) == (-1, False)
-    assert tuple(env._board.chaser[0]) == (7, 7)
-    env = board((7, 6), (7, 5), ready=True)
-    env.step(2)
-    assert tuple(env._board.chaser[0]) == (0, 0)
+def test_whoever_stands_still_is_caught() -> None:
+    env = board((7, 4), (7, 5), (7, 6), (7, 6))
+    assert [env.step(2)[1] for _ in range(4)] == [0, -1, -1, -1]
+    env = board(*[(0, 1)] * 4)
+    assert env.step(0)[1] == -1
 
 
 def test_pellets_pay_once_and_the_last_ends() -> None:
-    env = board((0, 1), (7, 6))
+    env = board(*[(0, 1)] * 4)
     assert env.step(3)[1:3] == (1, False)
-    assert env.step(1)[1:3] == (0, False)
+    assert env.step(1)[1:3] == (-1, False)  # back to where the chaser waits
     assert env.step(3)[1:3] == (0, False)
     env._board.pellets[0] = [False, True, False, False]
     env._board.player[0] = (0, 6)
@@ -108,19 +105,16 @@ def test_pellets_pay_once_and_the_last_ends() -> None:
 
 
 def test_every_player_is_found_and_the_pictures_tell_everything() -> None:
-    env, seen = board((0, 0), (0, 1)), set()
+    env, seen = board(*[(0, 1)] * 4), set()
     for player in FREE:
         for chaser in FREE:
-            if (player == chaser).all():
-                continue
-            for ready in (False, True):
-                env._board.player[0], env._board.chaser[0], env._board.ready[0] = player, chaser, ready
-                picture = env._board.pictures()[0]
-                seen.add(picture.tobytes())
-                assert (find_player(picture.transpose(2, 0, 1)) == player).all()
-                row, column = chaser * 4
-                assert tuple(picture[row, column]) == (READY if ready else RESTING)
-    assert len(seen) == 2 * len(FREE) * (len(FREE) - 1)
+            env._board.player[0], env._board.trail[0] = player, chaser
+            picture = env._board.pictures()[0]
+            seen.add(picture.tobytes())
+            assert (find_player(picture.transpose(2, 0, 1)) == player).all()
+            row, column = chaser * 4
+            assert (tuple(picture[row, column]) == CHASER) == (player != chaser).any()
+    assert len(seen) == len(FREE) ** 2
     faint = np.random.default_rng(0).normal(0, 0.1, (2, 3, 3, 32, 32))
     faint[..., 0, 8:12, 20:24] += 0.3
     assert find_player(faint).tolist() == [[[2, 5]] * 3] * 2
@@ -134,7 +128,7 @@ def greedy(env: Envs) -> np.ndarray:
     actions = []
     for n in range(env.num_envs):
         goals = {tuple(p) for p in PELLETS[board.pellets[n]].tolist()}
-        start, danger = tuple(board.player[n].tolist()), tuple(board.chaser[n].tolist())
+        start, danger = tuple(board.player[n].tolist()), tuple(board.trail[n, 1].tolist())
         queue, first = deque([start]), {start: 0}
         while queue:
             cell = queue.popleft()
