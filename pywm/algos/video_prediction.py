@@ -148,7 +148,7 @@ PRESETS: dict[str, Preset] = {
             "steps": 20_000,
             "test_steps": 12_800,
             "num_envs": 64,
-            "curriculum": ((1, 1e-3, 16, 2000), (3, 5e-4, 16, 500), (5, 3e-4, 16, 500)),
+            "curriculum": ((1, 1e-3, 16, 2000), (3, 1e-3, 16, 500), (5, 1e-3, 16, 500)),
         },
         ("pywm/GridChase-v0",),
         "see docs/video_prediction.md",

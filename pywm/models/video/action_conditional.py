@@ -76,27 +76,11 @@ PROFILES: Mapping[tuple[int, int], Profile] = {
         ),
         2048,
     ),
-    (84, 84): Profile(
-        (
-            Stage(64, 8, 2, (1, 1)),
-            Stage(128, 6, 2, (2, 2)),
-            Stage(128, 4, 2, (1, 1)),
-            Stage(128, 4, 2, (1, 1)),
-        ),
-        1024,
-    ),
-    (64, 64): Profile(
-        (
-            Stage(64, 6, 2, (2, 2)),
-            Stage(128, 6, 2, (2, 2)),
-            Stage(128, 4, 2, (1, 1)),
-            Stage(128, 4, 2, (1, 1)),
-        ),
-        1024,
-    ),
+    (84, 84): Profile((Stage(64, 8, 4, (2, 2)), Stage(128, 3, 2, (0, 0)), Stage(128, 4, 2, (1, 1))), 1024),
+    (64, 64): Profile((Stage(64, 8, 4, (2, 2)), Stage(128, 4, 2, (1, 1)), Stage(128, 4, 2, (1, 1))), 1024),
     (32, 32): Profile((Stage(64, 4, 4, (0, 0)), Stage(64, 2, 2, (0, 0)), Stage(64, 3, 1, (1, 1))), 256),
 }
-"""Sizes by height and width of the pictures: the paper's for whole Atari screens, and smaller ones."""
+"""Sizes by height and width of the pictures: the paper's for whole Atari screens, and smaller ones that a CPU can train."""
 
 
 class ActionConditional(nn.Module):
