@@ -49,9 +49,9 @@ __all__ = ["PRESETS", "Agent", "Config", "train"]
 log = logging.getLogger(__name__)
 
 # What a row of metrics is the mean of.
-UPDATES_PER_ROW = 100
+UPDATES_PER_ROW = 50
 # Vector steps between two rows of metrics while pictures are collected.
-STEPS_PER_ROW = 100
+STEPS_PER_ROW = 20
 # Rollouts in a strip.
 SHOWN = 3
 BLIND = "action-blind model"
@@ -148,7 +148,7 @@ PRESETS: dict[str, Preset] = {
             "steps": 20_000,
             "test_steps": 12_800,
             "num_envs": 64,
-            "curriculum": ((1, 1e-3, 16, 2000), (3, 1e-3, 16, 500), (5, 1e-3, 16, 500)),
+            "curriculum": ((1, 1e-3, 16, 1000), (3, 5e-4, 16, 500), (5, 5e-4, 16, 500)),
         },
         ("pywm/GridChase-v0",),
         "see docs/video_prediction.md",
