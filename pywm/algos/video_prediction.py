@@ -148,7 +148,7 @@ PRESETS: dict[str, Preset] = {
             "steps": 20_000,
             "test_steps": 12_800,
             "num_envs": 64,
-            "curriculum": ((1, 1e-3, 16, 1000), (3, 5e-4, 16, 500), (5, 5e-4, 16, 500)),
+            "curriculum": ((1, 1e-3, 16, 1000), (3, 5e-4, 16, 500), (5, 5e-4, 16, 1100)),
         },
         ("pywm/GridChase-v0",),
         "see docs/video_prediction.md",
@@ -427,6 +427,7 @@ class Learner:
             Frames(-(-steps // N), N, agent.shape, agent.actions.width)
             for steps in (config.steps, config.test_steps)
         )
+        log.info("the pictures take %.2f GiB of memory", (self.pictures.size + self.test.size) / 2**30)
         self.curriculum = Curriculum(config.curriculum, advance=config.advance)
         models = [(agent.model, agent.parameters)]
         if agent.blind is not None and agent.blind_parameters is not None:
@@ -486,6 +487,14 @@ class Learner:
             for model, *_ in self._models:
                 model.set_mean(mean)
             self.start_episodes(run)
+        if not self.collecting:
+            self._check()
+
+    def _check(self) -> None:
+        """See that episodes are long enough for what is to come, before the updates and not behind them."""
+        horizons = [phase.horizon for phase in self.curriculum.phases]
+        self._find(self.pictures, max(self.agent.model.rows(K) for K in horizons))
+        self._rollouts()
 
     # Learning.
 
@@ -529,6 +538,16 @@ class Learner:
             )
         return windows
 
+    def _rollouts(self) -> Windows:
+        config = self.config
+        windows = self.test.windows(self.agent.model.context + config.eval_horizon).apart()
+        if len(windows) < 2:
+            raise UserError(
+                f"video_prediction: eval_horizon is {config.eval_horizon}, but the {config.test_steps:,} test pictures "
+                f"hold {len(windows)} rollouts of that length, and 2 were expected; lower it, or raise test_steps"
+            )
+        return windows
+
     def _gather(self, store: Frames, windows: Windows) -> tuple[Tensor, Tensor]:
         frames, action = store.gather(windows)
         return frames.to(self.agent.device), action.to(self.agent.device)
@@ -537,13 +556,8 @@ class Learner:
 
     def evaluate(self, run: Run) -> dict[str, float]:
         """Predict the test pictures open loop, write errors and strips into ``RUN/prediction``, and return the figures."""
-        config, model, context = self.config, self.agent.model, self.agent.model.context
-        windows = self.test.windows(context + config.eval_horizon).apart()
-        if len(windows) < 2:
-            raise UserError(
-                f"video_prediction: eval_horizon is {config.eval_horizon}, but the {config.test_steps:,} test pictures "
-                f"hold {len(windows)} rollouts of that length, and 2 were expected; lower it, or raise test_steps"
-            )
+        config, model = self.config, self.agent.model
+        windows = self._rollouts()
         spread = np.linspace(0, len(windows) - 1, min(config.eval_rollouts, len(windows))).round()
         frames, action = self._gather(self.test, windows[spread.astype(np.int64)])
         others = {} if self.agent.blind is None else {BLIND: self.agent.blind}

@@ -66,6 +66,7 @@ class Frames:
 
     Attributes:
         count: rows that were written.
+        size: bytes that the pictures take.
 
     Raises:
         UserError: there is less memory free than it takes.
@@ -73,11 +74,11 @@ class Frames:
 
     def __init__(self, rows: int, num_envs: int, shape: Sequence[int], actions: int) -> None:
         self.rows, self.num_envs, self.shape, self.actions = rows, num_envs, tuple(shape), actions
-        size = rows * num_envs * math.prod(shape)
+        self.size = rows * num_envs * math.prod(shape)
         free = free_memory()
-        if free is not None and size > free:
+        if free is not None and self.size > free:
             raise UserError(
-                f"Frames: {rows * num_envs:,} pictures of {' x '.join(map(str, shape))} take {_gib(size)}, but "
+                f"Frames: {rows * num_envs:,} pictures of {' x '.join(map(str, shape))} take {_gib(self.size)}, but "
                 f"{_gib(free)} of memory are free; expected fewer or smaller ones"
             )
         self._frames = torch.zeros((rows, num_envs, *shape), dtype=torch.uint8)

@@ -189,7 +189,7 @@ def test_a_setting_out_of_range_is_named(field: str, value: Any, message: str) -
         ("pywm/Match-v0", {}, "the environment shows 0 pictures"),
         (GRID, {"image_size": (32, 32)}, "only Atari's games have one"),
         (GRID, {"test_steps": 16}, "eval_horizon is 6, but the 16 test pictures hold 0 rollouts"),
-        (GRID, {"steps": 16}, "no episode of the 16 pictures has 5 in a row"),
+        (GRID, {"steps": 16}, "no episode of the 16 pictures has 7 in a row"),
     ],
 )
 def test_an_environment_that_does_not_suit_is_refused(env: str, config: dict[str, Any], message: str) -> None:
@@ -199,7 +199,7 @@ def test_an_environment_that_does_not_suit_is_refused(env: str, config: dict[str
 
 def test_atari_comes_in_single_pictures_and_last_frames_of_stacks() -> None:
     pytest.importorskip("ale_py")
-    settings: dict[str, Any] = {"steps": 16, "test_steps": 16, "num_envs": 2}
+    settings: dict[str, Any] = {"steps": 24, "test_steps": 24, "num_envs": 2}
     learner = learner_of("ALE/Freeway-v5", image_size=(64, 64), rgb=True, **settings)
     assert learner.agent.shape == (3, 64, 64)
     learner = learner_of("ALE/Freeway-v5", **settings)
@@ -233,7 +233,7 @@ def test_a_dream_is_the_models_prediction() -> None:
 
 def test_the_dream_of_stacks_shows_stacks() -> None:
     pytest.importorskip("ale_py")
-    learner = learner_of("ALE/Freeway-v5", steps=16, test_steps=16, num_envs=2)
+    learner = learner_of("ALE/Freeway-v5", steps=24, test_steps=24, num_envs=2)
     T, frames = 8, learner.pictures.gather(learner.pictures.windows(8))[0][:, :2]
     back = (torch.arange(T)[:, None] - torch.tensor([3, 2, 1, 0])).clamp(min=0)
     stacks = frames[back].transpose(1, 2).flatten(2, 3)  # [T, B, 4, 84, 84]

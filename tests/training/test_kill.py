@@ -19,7 +19,7 @@ DREAMER = (
 
 # Pictures are collected for two thirds of the run's clock, and learnt from for the rest.
 VIDEO = (
-    "--steps 160 --test-steps 160 --num-envs 4 --curriculum 1 1e-3 2 80 3 5e-4 2 80 --eval-horizon 6 --eval-rollouts 4 "
+    "--steps 160 --test-steps 160 --num-envs 4 --curriculum 1 1e-3 2 60 3 5e-4 2 20 --eval-horizon 6 --eval-rollouts 2 "
     "--show-steps 1 5 --checkpoint-every 80"
 )
 
