@@ -323,7 +323,7 @@ def _run_training(
         env=env,
         seed=config.seed,
         config=to_json(config),
-        total_steps=config.steps,
+        total_steps=getattr(config, "total_steps", config.steps),
         may_change=getattr(module.Config, "may_change", ("steps",)),
         device=device,
         command=shlex.join(["pywm", "train", *argv]),

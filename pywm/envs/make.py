@@ -20,11 +20,13 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 # These register our own environments.
 import pywm.envs.delayed_copy
 import pywm.envs.grid
+import pywm.envs.grid_chase
 import pywm.envs.tmaze
 import pywm.envs.toy  # noqa: F401
 from pywm.config import suggest
 from pywm.envs.atari import Atari
 from pywm.envs.cartpole import CartPole
+from pywm.envs.grid_chase import MAX_STEPS, GridChaseVector
 from pywm.envs.vector import Envs, missing_extra
 from pywm.errors import EnvError, MissingExtra, PywmError, UserError
 
@@ -53,7 +55,7 @@ def make(
     """Make ``num_envs`` environments that step together under one law.
 
     ==============================  ==================================================================
-    ``"CartPole-v1"``               any gymnasium id; CartPole-v1 runs in one batched step
+    ``"CartPole-v1"``               any gymnasium id; CartPole-v1 and pywm/GridChase-v0 run in one batched step
     ``"my_pkg:MyEnv-v0"``           the module is imported first, also from the working directory
     ``"my_pkg:MyEnv"``              a class or function of a module
     ``"ALE/Pong-v5"``               ALE's native vector environment: uint8 ``[4, 84, 84]``, see ``Atari``
@@ -151,6 +153,9 @@ def _from_id(
     if name == "CartPole-v1" and render_mode is None and not kwargs:
         limit = spec.max_episode_steps if max_episode_steps is None else max_episode_steps
         return CartPole(count, limit or 500)
+    if name == "pywm/GridChase-v0" and not kwargs:
+        limit = spec.max_episode_steps if max_episode_steps is None else max_episode_steps
+        return GridChaseVector(count, limit or MAX_STEPS, render_mode)
     if spec.entry_point is None:
         return _guarded(lambda: gymnasium.make_vec(name, count, render_mode=render_mode, **kwargs), env_id)
     # gymnasium's passive checker would look at every step; `pywm check-env` looks once, and closer.

@@ -57,6 +57,8 @@ def test_reaches_its_score(algo: str, env: str, tmp_path: Path) -> None:
 
 TRUNCATION = ROOT / "docs" / "results" / "ppo" / "pywm_Truncation-v0.json"
 RECORDS = sorted({*(ROOT / "docs" / "results").glob("*/*.json")} - {TRUNCATION})
+# Errors of predictions, not returns: tests/algos/test_video_learning.py.
+RECORDS = [record for record in RECORDS if record.parent.name != "video_prediction"]
 
 
 def test_recorded_values_of_cut_episodes_are_right() -> None:

@@ -31,6 +31,7 @@ from pywm.types import State
         ("pywm/TMaze-v0", None),
         ("pywm/DelayedCopy-v0", None),
         ("pywm/Grid-v0", None),
+        ("pywm/GridChase-v0", 30),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*out of date.*:DeprecationWarning")

@@ -18,7 +18,7 @@ from pywm.envs.tmaze import TMaze
 from pywm.errors import UserError
 
 Policy = Callable[[np.ndarray], np.ndarray]
-IDS = ["pywm/TMaze-v0", "pywm/DelayedCopy-v0", "pywm/Grid-v0"]
+IDS = ["pywm/TMaze-v0", "pywm/DelayedCopy-v0", "pywm/Grid-v0", "pywm/GridChase-v0"]
 
 
 def play(envs: Envs, policy: Policy, episodes: int) -> list[Any]:

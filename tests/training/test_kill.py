@@ -17,11 +17,18 @@ DREAMER = (
     "--replay-size 150 --steps 240 --checkpoint-every 80"
 )
 
+# Pictures are collected for two thirds of the run's clock, and learnt from for the rest.
+VIDEO = (
+    "--steps 160 --test-steps 160 --num-envs 4 --curriculum 1 1e-3 2 60 3 5e-4 2 20 --eval-horizon 6 --eval-rollouts 2 "
+    "--show-steps 1 5 --checkpoint-every 80"
+)
+
 TRAININGS = {
     "tiny": "train tiny CartPole-v1 --steps 480 --checkpoint-every 40 --payload-kib 256",
     "ppo": "train ppo CartPole-v1 --steps 1536 --checkpoint-every 256",
     "ppo, episodes cut": "train ppo Acrobot-v1 --steps 512 --num-envs 2 --num-steps 32 --checkpoint-every 64",
     "dreamer_v3": f"train dreamer_v3 CartPole-v1 {DREAMER}",
+    "video_prediction": f"train video_prediction pywm/GridChase-v0 {VIDEO}",
     "dreamer_v3, episodes cut": f"train dreamer_v3 Acrobot-v1 --num-envs 2 {DREAMER}",
 }
 
