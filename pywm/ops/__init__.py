@@ -22,9 +22,13 @@ from pywm.ops.norm_act import norm_act
 from pywm.ops.norm_mlp import norm_mlp
 from pywm.ops.one_hot_linear import one_hot_linear
 from pywm.ops.philox import philox_normal, philox_uniform
+from pywm.ops.pixel_cross_entropy import pixel_cross_entropy
 from pywm.ops.ppo_loss import PPOLoss, PPOStats, ppo_loss
+from pywm.ops.resize_area import resize_area
 from pywm.ops.rssm import Observed, RSSMStep, rssm_observe, rssm_step
 from pywm.ops.rssm_params import Gaussian, Layer, Policy, RSSMConfig, RSSMParams, RSSMState
+from pywm.ops.sample_starts import Starts, sample_starts
+from pywm.ops.stack_frames import stack_frames
 from pywm.ops.symexp_twohot import symexp_twohot_loss, symexp_twohot_mean
 from pywm.ops.vtrace import VTrace, vtrace
 
@@ -45,6 +49,7 @@ __all__ = [
     "RSSMParams",
     "RSSMState",
     "RSSMStep",
+    "Starts",
     "VTrace",
     "adam_step_",
     "backend",
@@ -68,9 +73,13 @@ __all__ = [
     "one_hot_linear",
     "philox_normal",
     "philox_uniform",
+    "pixel_cross_entropy",
     "ppo_loss",
+    "resize_area",
     "rssm_observe",
     "rssm_step",
+    "sample_starts",
+    "stack_frames",
     "symexp_twohot_loss",
     "symexp_twohot_mean",
     "vtrace",

@@ -350,6 +350,86 @@ def gaussian_kl(mean_q: Tensor, std_q: Tensor, mean_p: Tensor, std_p: Tensor) ->
     return (0.5 * (ratio.square() + z.square() - 1) - ratio.log()).sum(-1)
 
 
+def pixel_cross_entropy(logits: Tensor, target: Tensor, cutoff: float) -> Tensor:
+    """See :func:`pywm.ops.pixel_cross_entropy`."""
+    log_prob = logits.log_softmax(-1).gather(-1, target.long().unsqueeze(-1)).squeeze(-1)
+    return torch.relu(-log_prob - cutoff)
+
+
+def stack_frames(
+    frames: Tensor,
+    index: Tensor,
+    first: Tensor,
+    noise: Tensor | None,
+    stack: int,
+    stride: int,
+    scale: float,
+    standardize: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See :func:`pywm.ops.stack_frames`."""
+    back = stride * torch.arange(stack - 1, -1, -1, device=frames.device)
+    rows = torch.maximum(index.unsqueeze(-1) - back, first.unsqueeze(-1))
+    chosen = frames[rows].flatten(1, 2)
+    if dtype == torch.uint8:
+        return chosen
+    x = chosen.double()
+    if standardize:
+        centred = x - x.mean((-2, -1), keepdim=True)
+        std = centred.square().mean((-2, -1), keepdim=True).sqrt()
+        x = centred / std.clamp(min=frames[0, 0].numel() ** -0.5)
+    else:
+        x = x * scale
+    return x.to(dtype) if noise is None else x.to(dtype) + noise
+
+
+def area_overlap(n: int, n2: int, device: torch.device) -> Tensor:
+    """Return how much of each of ``n`` pixels each of ``n2`` larger ones covers, ``[n2, n]`` in units of 1 / n2."""
+    small, large = torch.arange(n, device=device), torch.arange(n2, device=device).unsqueeze(-1)
+    end = torch.minimum((large + 1) * n, (small + 1) * n2)
+    return (end - torch.maximum(large * n, small * n2)).clamp(min=0)
+
+
+def resize_area(frames: Tensor, height: int, width: int) -> Tensor:
+    """See :func:`pywm.ops.resize_area`."""
+    h, w = frames.shape[-2:]
+    rows, columns = (area_overlap(n, m, frames.device).double() for n, m in ((h, height), (w, width)))
+    total = (rows @ frames.double() @ columns.T).long()  # sums of integers below 2^53: exact
+    return ((2 * total + h * w) // (2 * h * w)).to(torch.uint8)
+
+
+def sample_starts(
+    uniform: Tensor,
+    is_first: Tensor,
+    is_last: Tensor | None,
+    valid: Tensor | None,
+    stack: int,
+    beginning: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`pywm.ops.sample_starts`."""
+    T, N = is_first.shape
+    holds = torch.ones_like(is_first) if valid is None else valid
+    start = holds if is_last is None else holds & ~is_last
+    whole = start.clone()
+    whole[: stack - 1] = False
+    for j in range(min(stack - 1, T)):
+        whole[j:] &= ~is_first[: T - j]
+        whole[j + 1 :] &= holds[: T - j - 1]
+
+    def pick(cells: Tensor, u: Tensor) -> Tensor:
+        count = cells.flatten().cumsum(0)
+        k = (u.double() * count[-1]).long().minimum(count[-1] - 1)
+        return torch.searchsorted(count, k + 1).where(count[-1] > 0, -1)
+
+    cell = pick(whole, uniform)
+    if beginning:
+        cell = torch.cat([pick(start & is_first, uniform[:1]), cell[1:]])
+    row = torch.where(cell < 0, -1, cell // N)
+    env = torch.where(cell < 0, -1, cell % N)
+    first = (row - (stack - 1)).clamp(min=-1)
+    return row, env, torch.cat([row[:1], first[1:]]) if beginning else first
+
+
 def _norm(x: Tensor) -> Tensor:
     """Return the Euclidean norm: torch's own sum of a million float32 squares on a CPU is wrong by up to a thousandth."""
     norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
