@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from pywm.ops import pixel_cross_entropy
+
 __all__ = [
     "VIDEO_SIZES",
     "Prediction",
@@ -618,7 +620,7 @@ class VideoModel(nn.Module):
         """
         c = self.config
         if c.pixels == "softmax":
-            return _pixel_cross_entropy(pixels, target, cutoff=c.cutoff)
+            return pixel_cross_entropy(pixels.float(), target, cutoff=c.cutoff)
         # Half a shade up, so that the number without its fraction is the shade.
         return torch.relu((pixels - target.float() - 0.5).square() - c.cutoff**2)
 
@@ -660,11 +662,6 @@ class VideoModel(nn.Module):
         reward = out.reward.argmax(-1).float() - 1
         frames = torch.cat([state.frames[:, c.shape[0] :], frame], 1)
         return Prediction(frame, reward, end), VideoState(frames, out.memory)
-
-
-def _pixel_cross_entropy(logits: Tensor, target: Tensor, *, cutoff: float) -> Tensor:
-    loss = functional.cross_entropy(logits.flatten(0, -2).float(), target.reshape(-1).long(), reduction="none")
-    return torch.relu(loss - cutoff).view(target.shape)
 
 
 def _pad(x: Tensor, multiple: int) -> Tensor:
