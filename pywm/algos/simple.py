@@ -868,7 +868,8 @@ def announce(learner: Learner) -> str:
                 window, updates=0, seed=0, checkpoint_activations=config.checkpoint_activations
             ).total
         agent.parameters.backward(loss)
-        seconds = time.perf_counter() - began if float(loss) == float(loss) else 0.0
+        loss.detach().cpu()  # waits for the device
+        seconds = time.perf_counter() - began
     agent.parameters.grad.zero_()
     stack = torch.zeros(config.agents, c.frames * c.shape[0], *c.shape[1:], dtype=torch.uint8)
     state = agent.model.begin(stack.to(agent.device))

@@ -361,18 +361,16 @@ class VideoModel(nn.Module):
     def _initialise(self, generator: torch.Generator | None) -> None:
         for name, p in self.named_parameters():
             if p.ndim < 2:
+                if "bias" in name:
+                    nn.init.zeros_(p)
                 continue
-            if "embed.weight" in name and name.startswith("predictor"):
-                nn.init.normal_(p, std=1.0, generator=generator)
+            if name == "predictor.embed.weight":
+                nn.init.normal_(p, generator=generator)
                 continue
             # Transposed kernels are [in, out, ...]: of their taps a quarter meets in a pixel.
             fan_in = p.shape[0] * p[0, 0].numel() / 4 if name.startswith("up.") else p[0].numel()
             limit = GAIN * math.sqrt(3 / fan_in)
             nn.init.uniform_(p, -limit, limit, generator=generator)
-        for module in self.modules():
-            bias = getattr(module, "bias", None)
-            if isinstance(bias, nn.Parameter):
-                nn.init.zeros_(bias)
 
     # ---- the network
 
