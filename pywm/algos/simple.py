@@ -296,6 +296,7 @@ class Agent:
         policy: PPO's agent, whose observations are stacks of frames.
         actions: how actions look to the model.
         parameters: all parameters of the model as one flat buffer.
+        generator: what actions are drawn with outside of training.
 
     Raises:
         UserError: the environment shows something else than one picture.
@@ -325,7 +326,7 @@ class Agent:
             _ppo_config(config), spaces.Box(0, 255, stack, np.uint8), action_space, self.device
         )
         self._autocast = _operands_on(self.device, config.precision)
-        self._generator = torch.Generator(self.device).manual_seed(actions_seed)
+        self.generator = torch.Generator(self.device).manual_seed(actions_seed)
 
     def look(self, obs: np.ndarray, carry: Carry | None, is_first: np.ndarray) -> np.ndarray:
         """Put frames ``[N, C, height, width]`` behind those of the carry; where an episode begins, repeat them."""
@@ -386,7 +387,7 @@ class Agent:
         if temperature is None:
             temperature = self.config.eval_temperature if greedy else 1.0
         stack = self.look(frames, state, first)
-        action = self.choose(stack, self._generator, temperature)
+        action = self.choose(stack, self.generator, temperature)
         return action, Carry(stack, self.actions.from_env(action, "simple.Agent.act"))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -436,7 +437,7 @@ class Agent:
         policy = self.policy.state()
         tensors = {f"model.{name}": p.detach().clone() for name, p in self.parameters.views.items()}
         tensors |= {f"policy.{name}": x for name, x in policy.tensors.items()}
-        tensors["generator"] = self._generator.get_state()
+        tensors["generator"] = self.generator.get_state()
         return State(tensors, {})
 
     def load_state(self, state: State) -> None:
@@ -459,7 +460,7 @@ class Agent:
         }
         self.policy.load_state(State(policy, {}))
         try:
-            self._generator.set_state(state.tensors["generator"])
+            self.generator.set_state(state.tensors["generator"])
         except MISFITS as error:
             raise CheckpointError(f"simple.Agent.load_state: {reason(error)}") from error
 
@@ -1022,8 +1023,9 @@ def _evaluate(run: Run, agent: Agent, env: EnvLike, env_steps: int) -> None:
         return
     episodes, mode = run.options.eval_episodes, "rgb_array" if run.options.video else None
     with _eval_envs(agent.config, env, min(episodes, 8), mode) as envs:
+        # What evaluation draws is not to change what follows.
+        generator, before = agent.generator.get_state(), checkpoint.rng_state()
         run.evaluate(agent, envs, env_steps=env_steps)
-        before = checkpoint.rng_state()
         with run.phase("eval"):
             figures = evaluate_temperatures(agent, envs, episodes=episodes)
             try:
@@ -1034,6 +1036,7 @@ def _evaluate(run: Run, agent: Agent, env: EnvLike, env_steps: int) -> None:
             except UserError as error:  # no picture is worth a run
                 log.warning("no dream at %s env steps: %s", f"{env_steps:,}", error)
         checkpoint.set_rng_state(before)
+        agent.generator.set_state(generator)
         run.log(figures, env_steps=env_steps)
 
 

@@ -94,6 +94,10 @@ class VideoConfig:
         predictor_dropout: of the predictor.
         pixels: ``"softmax"``, 256 logits for each sub-pixel, or ``"l2"``, a number.
         cutoff: C of the pixel loss, which does not count below it.
+        pixel_scale: weight of the pixel loss, a mean over sub-pixels.
+        reward_scale: weight of the reward's loss.
+        pool: how reward and end look at the whole picture: the ``"mean"`` over it (paper), or the ``"max"``, in which
+            something small does not drown.
         done: predict the end of the episode, too.
         done_scale: weight of ends in that loss.
         input_noise: share of the pixels that are replaced by the median in training.
@@ -126,6 +130,9 @@ class VideoConfig:
     predictor_dropout: float = 0.1
     pixels: Literal["softmax", "l2"] = "softmax"
     cutoff: float = 0.03
+    pixel_scale: float = 1.0
+    reward_scale: float = 1.0
+    pool: Literal["mean", "max"] = "mean"
     done: bool = False
     done_scale: float = 10.0
     input_noise: float = 0.0
@@ -431,8 +438,9 @@ class VideoModel(nn.Module):
             pixels = pixels.unflatten(-1, (c.shape[0], COLORS))
         else:
             pixels = (pixels.float() + 0.5) * COLORS
-        summary = torch.cat([bottom.mean((2, 3)), x.mean((2, 3))], 1)
-        summary = torch.relu(self.summary(summary))
+        parts = (bottom, x)
+        pooled = [part.mean((2, 3)) if c.pool == "mean" else part.amax((2, 3)) for part in parts]
+        summary = torch.relu(self.summary(torch.cat(pooled, 1)))
         end = self.end(summary).squeeze(-1).float() if c.done else x.new_zeros(len(x))
         return _Out(pixels, self.reward(summary).float(), end, memory, predictor_loss)
 
@@ -572,7 +580,8 @@ class VideoModel(nn.Module):
                 truth = torch.where(own[h][:, None, None, None], frame, truth)
             frames = [*frames[1 - c.seen :], truth] if c.seen > 1 else [truth]
         means = {name: x / (B if name.startswith("context") else total) for name, x in sums.items()}
-        loss = torch.stack([x for name, x in means.items()]).sum()
+        scale = {"pixels": c.pixel_scale, "context_pixels": c.pixel_scale, "reward": c.reward_scale}
+        loss = torch.stack([scale.get(name, 1.0) * x for name, x in means.items()]).sum()
         stats = {f"loss/{name}": x.detach() for name, x in means.items()}
         return VideoLoss(loss, {"loss/model": loss.detach(), **stats})
 
