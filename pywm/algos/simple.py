@@ -19,11 +19,10 @@ the paper's.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -379,7 +378,9 @@ class Agent:
             raise ValueError(f"simple.Agent.act: obs has shape {frames.shape}, but ({expected}) was expected")
         first = np.full(len(frames), state is None) if is_first is None else np.asarray(is_first, bool)
         if first.shape != (len(frames),):
-            raise ValueError(f"simple.Agent.act: is_first is {first.shape}, but ({len(frames)},) was expected")
+            raise ValueError(
+                f"simple.Agent.act: is_first is {first.shape}, but ({len(frames)},) was expected"
+            )
         if state is not None and len(state.frames) != len(frames):
             raise ValueError(
                 f"simple.Agent.act: state is of {len(state.frames)} environments, but {len(frames)} were expected"
@@ -399,7 +400,7 @@ class Agent:
     @torch.no_grad()
     def open_loop(
         self,
-        obs: dict[str, np.ndarray],
+        obs: Mapping[str, np.ndarray],
         prev_action: Tensor,
         is_first: np.ndarray,
         context: int,
@@ -430,7 +431,9 @@ class Agent:
             goes_on.append(1 - predicted.end.cpu())
             if t < context:
                 state = VideoState(torch.cat([state.frames[:, :-C], truth[t]], 1), state.memory)
-        return Predicted({"obs": torch.stack(frames).float() / 255}, torch.stack(reward), torch.stack(goes_on))
+        return Predicted(
+            {"obs": torch.stack(frames).float() / 255}, torch.stack(reward), torch.stack(goes_on)
+        )
 
     def state(self) -> State:
         """Return the weights of model and policy, and the generators."""
@@ -661,9 +664,7 @@ class Learner:
         config, updates = self.config, self.model_updates
         words = np.random.SeedSequence([self._noise_seed, updates]).generate_state(2)
         rng = np.random.default_rng(int(words[0]))
-        window = _window(
-            self.replay.sample(config.model_batch_size, config.horizon, rng), self.agent.device
-        )
+        window = _window(self.replay.sample(config.model_batch_size, config.horizon, rng), self.agent.device)
         with self.agent.autocast():
             loss = self.agent.model.loss(
                 window,
@@ -1058,7 +1059,9 @@ def _operands_on(device: torch.device, precision: str) -> bool:
     """Say whether to round; a device that gains nothing from it does not."""
     why_not = _operands.why_not(precision, device)
     if why_not is not None:
-        log.warning("precision is %s, but %s, so it would be no faster: everything stays float32", precision, why_not)
+        log.warning(
+            "precision is %s, but %s, so it would be no faster: everything stays float32", precision, why_not
+        )
     return precision == "bfloat16" and why_not is None
 
 

@@ -270,6 +270,8 @@ class FrameReplay:
         self._count[:] = state.tensors["count"].numpy()
         self._latest[:] = state.tensors["latest"].numpy()
         if int(self._count.max()) != high or (self._latest > self._count).any():
-            raise CheckpointError(f"FrameReplay.load_state: count is {self._count}, but at most {high} was expected")
+            raise CheckpointError(
+                f"FrameReplay.load_state: count is {self._count}, but at most {high} was expected"
+            )
         self._reward[:], self._fresh[:] = 0, True
         self._index()

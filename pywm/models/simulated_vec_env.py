@@ -188,15 +188,16 @@ class SimulatedVecEnv(VectorEnv[Any, Any, Any]):
         if len(rows) == self.num_envs:
             self._state = begun
         else:
-            self._state = VideoState(*(_put(x, rows, y) for x, y in zip(self._state, begun, strict=True)))
+            memory = self._state.memory
+            if memory is not None and begun.memory is not None:
+                memory = _put(memory, rows, begun.memory)
+            self._state = VideoState(_put(self._state.frames, rows, begun.frames), memory)
         self._elapsed[rows] = 0
 
     def _obs(self) -> np.ndarray:
         return self._state.frames.cpu().numpy()
 
-    def step(
-        self, actions: Any
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Imagine a step of every rollout.
 
         Args:
@@ -258,9 +259,7 @@ class SimulatedVecEnv(VectorEnv[Any, Any, Any]):
         self._running = bool(state.data["running"])
 
 
-def _put(x: Tensor | None, rows: list[int], new: Tensor | None) -> Tensor | None:
-    if x is None or new is None:
-        return None
+def _put(x: Tensor, rows: list[int], new: Tensor) -> Tensor:
     x = x.clone()
     x[rows] = new
     return x

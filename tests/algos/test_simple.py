@@ -161,7 +161,12 @@ def test_schedules_are_the_papers_and_the_released_codes() -> None:
     paper, t2t = Config(), Config(schedule="t2t")
     assert paper.iterations == 15
     assert [paper.model_updates_after(i) for i in (0, 1, 14)] == [45_000, 60_000, 45_000 + 14 * 15_000]
-    assert [t2t.model_updates_after(i) for i in (0, 1, 2, 14)] == [45_000, 90_000, 105_000, 5 * 45_000 + 10 * 15_000]
+    assert [t2t.model_updates_after(i) for i in (0, 1, 2, 14)] == [
+        45_000,
+        90_000,
+        105_000,
+        5 * 45_000 + 10 * 15_000,
+    ]
     assert {paper.policy_updates_of(i) for i in range(15)} == {1000}
     assert sum(t2t.policy_updates_of(i) for i in range(15)) == 20_000
 
@@ -169,7 +174,13 @@ def test_schedules_are_the_papers_and_the_released_codes() -> None:
 def test_presets_are_configurations_and_the_defaults_are_the_papers() -> None:
     for preset in simple.PRESETS.values():
         Config(**preset.config)
-    assert (Config().discount, Config().reading, Config().pixels, Config().schedule) == (0.95, "stacked", "softmax", "paper")
+    plain = Config()
+    assert (plain.discount, plain.reading, plain.pixels, plain.schedule) == (
+        0.95,
+        "stacked",
+        "softmax",
+        "paper",
+    )
     assert simple._video_config(Config(), (3, 105, 80), 6).cutoff == 0.03
     assert simple._video_config(Config(pixels="l2"), (3, 105, 80), 6).cutoff == 10
     assert simple.PRESETS["simple-tiny"].suits("pywm/Catch-v0")
@@ -238,8 +249,10 @@ def test_memory_and_time_are_announced(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_a_model_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simple, "_free_memory", lambda device: 8 * 2**20)
-    with pytest.raises(UserError, match=r"model_batch_size is 64, horizon is 2, which take 0\.\d\d GiB") as caught:
+    monkeypatch.setattr(simple, "_free_memory", lambda _: 8 * 2**20)
+    with pytest.raises(
+        UserError, match=r"model_batch_size is 64, horizon is 2, which take 0\.\d\d GiB"
+    ) as caught:
         simple.announce(learner_of(model_batch_size=64))
     assert "logits of a frame" in str(caught.value)
     assert "--checkpoint-activations" in str(caught.value)
@@ -271,7 +284,9 @@ def test_a_setting_out_of_range_is_named(field: str, value: Any, message: str) -
 def test_what_it_cannot_see_is_named() -> None:
     with pytest.raises(UserError, match="but one picture was expected"):
         simple.train(Config(**SMALL), "CartPole-v1")
-    with pytest.raises(UserError, match=r"image_size is \(64, 64\), but None was expected: only Atari's games"):
+    with pytest.raises(
+        UserError, match=r"image_size is \(64, 64\), but None was expected: only Atari's games"
+    ):
         simple.train(Config(**{**SMALL, "image_size": (64, 64)}), "pywm/Catch-v0")
     agent = learner_of().agent
     with pytest.raises(ValueError, match=r"obs has shape \(1, 24, 24\), but \(N, 1, 24, 24\) was expected"):
@@ -314,7 +329,9 @@ def test_open_loop_shows_the_truth_while_it_looks() -> None:
     changed["obs"][3:] = 7
     assert torch.equal(far.obs["obs"], learner.agent.open_loop(changed, actions, first, 3, seed=1).obs["obs"])
     changed["obs"][2] = 7
-    assert not torch.equal(far.obs["obs"], learner.agent.open_loop(changed, actions, first, 3, seed=1).obs["obs"])
+    assert not torch.equal(
+        far.obs["obs"], learner.agent.open_loop(changed, actions, first, 3, seed=1).obs["obs"]
+    )
 
 
 def test_returns_at_all_temperatures_are_raw_and_clipped() -> None:
@@ -326,7 +343,9 @@ def test_returns_at_all_temperatures_are_raw_and_clipped() -> None:
     learner = learner_of(env=Rich)
     found = simple.evaluate_temperatures(learner.agent, make(Rich, 2, training=False), episodes=3)
     assert found == {
-        f"eval/{kind}_t{t}": value for t in ("0", "0.5", "1") for kind, value in (("return", 5.0), ("clipped", 1.0))
+        f"eval/{kind}_t{t}": value
+        for t in ("0", "0.5", "1")
+        for kind, value in (("return", 5.0), ("clipped", 1.0))
     }
 
 

@@ -24,7 +24,17 @@ SMALL = [word for name, value in SETTINGS.items() for word in (f"--{name}", valu
 
 def test_a_run_is_trained_resumed_evaluated_and_dreamt(pywm: Commands) -> None:
     result = pywm(
-        "train", "simple", "pywm/Catch-v0", "--steps", 30, "--eval-every", 30, "--eval-episodes", 1, "--video", *SMALL
+        "train",
+        "simple",
+        "pywm/Catch-v0",
+        "--steps",
+        30,
+        "--eval-every",
+        30,
+        "--eval-episodes",
+        1,
+        "--video",
+        *SMALL,
     )
     assert result.code == 0, result.err
     assert "preset simple-tiny" in result.err
@@ -33,7 +43,13 @@ def test_a_run_is_trained_resumed_evaluated_and_dreamt(pywm: Commands) -> None:
     assert (run / "dreams" / "dream_00000030.gif").exists()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     keys = {key for row in rows for key in row}
-    assert {"return/mean", "loss/pixels", "eval/return_t0.5", "eval/clipped_t1", "model/reward_accuracy"} <= keys
+    assert {
+        "return/mean",
+        "loss/pixels",
+        "eval/return_t0.5",
+        "eval/clipped_t1",
+        "model/reward_accuracy",
+    } <= keys
 
     result = pywm("train", "simple", "pywm/Catch-v0", "--run-dir", "run", "--resume", "--steps", 60)
     assert result.code == 0, result.err

@@ -94,9 +94,9 @@ def test_starts_are_whole_stacks_of_the_newest_collection_and_the_first_a_beginn
     assert bool((t[1:].diff(dim=1) == 1).all())
     # From every row that has a whole stack and a successor: 5 - 2, 7 - 2 and 9 - 2.
     seen = {(int(e), int(x)) for e, x in zip(episode[1:, 0], t[1:, -1], strict=True)}
-    assert len(seen) == len([x for n in (5, 7) for x in range(2, n)] + [x for n in (9,) for x in range(2, n)]) - len(
-        {(11, x) for x in range(2, 2)}
-    )
+    assert len(seen) == len(
+        [x for n in (5, 7) for x in range(2, n)] + [x for n in (9,) for x in range(2, n)]
+    ) - len({(11, x) for x in range(2, 2)})
     without = replay.starts(uniform, beginning=False)
     assert bool((without[:, :, 0, 0].long().diff(dim=1) == 1).all())
 
@@ -114,7 +114,9 @@ def test_it_grows_and_comes_back_as_it_was() -> None:
 
 def test_a_state_of_other_frames_is_named() -> None:
     state = replay_of([[3]]).state()
-    with pytest.raises(CheckpointError, match=r"frame is uint8 \(\d+, 1, 1, 1, 2\), but uint8 .* was expected"):
+    with pytest.raises(
+        CheckpointError, match=r"frame is uint8 \(\d+, 1, 1, 1, 2\), but uint8 .* was expected"
+    ):
         FrameReplay(8, 1, (1, 2, 2), 1, K).load_state(state)
     with pytest.raises(CheckpointError, match="format and stack are"):
         FrameReplay(8, 1, (1, 1, 2), 1, K + 1).load_state(state)

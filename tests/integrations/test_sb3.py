@@ -454,7 +454,9 @@ def test_ppo_trains_inside_a_video_model() -> None:
         (1, 36, 36), 3, hidden=8, levels=2, doublings=1, bits=8, group=4, units=8, posterior=(8, 8), done=True
     )
     starts = np.random.default_rng(0).integers(0, 255, (5, 4, 36, 36), np.uint8)
-    envs = SimulatedVecEnv(VideoModel(config), spaces.Discrete(3), starts, 4, length=6, render_mode="rgb_array")
+    envs = SimulatedVecEnv(
+        VideoModel(config), spaces.Discrete(3), starts, 4, length=6, render_mode="rgb_array"
+    )
     adapted = as_vec_env(envs)
     agent = sb3.PPO("CnnPolicy", adapted, n_steps=8, batch_size=16, n_epochs=1, device="cpu", seed=0)
     before = [p.detach().clone() for p in agent.policy.parameters()]

@@ -163,7 +163,10 @@ def test_what_cannot_be_is_named(tmp_path: Path) -> None:
         ({"length": 0}, "length is 0, but at least 1 was expected"),
         ({"model": torch.nn.Linear(1, 1)}, "model is a Linear, but a VideoModel was expected"),
         ({"action_space": spaces.Discrete(2)}, r"of width 2, but one of width 3, the model's, was expected"),
-        ({"starts": stacks()[:, :1]}, r"starts is uint8 \[6, 1, 18, 18\], but uint8 \[M, 2, 18, 18\] was expected"),
+        (
+            {"starts": stacks()[:, :1]},
+            r"starts is uint8 \[6, 1, 18, 18\], but uint8 \[M, 2, 18, 18\] was expected",
+        ),
         ({"render_mode": "human"}, "render_mode is 'human', but 'rgb_array' or None was expected"),
     ]
     for change, message in cases:

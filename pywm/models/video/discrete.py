@@ -4,7 +4,7 @@
 
     frames ─ embed ─ down ─ down ─ … ─ middle ─ … ─ up ─ up ─ 256 logits a sub-pixel
                 │      └──────────── skips ────────────┘  │
-    action, bits ───── injected at the bottom and at each level up, and reward, end of the episode from the bottom and the top
+    action, bits ───── injected at the bottom and at each level up; reward and end come from the bottom and the top
 
     in training      bits: of what really came (the posterior), noisy, rounded to -1 and 1, gradients straight through
     in simulation    bits: drawn group by group from what an LSTM has learnt to expect
@@ -15,6 +15,7 @@ Without the bits (``kind="deterministic"``) it predicts the one future that it t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -56,7 +57,7 @@ VIDEO_SIZES: Mapping[str, Mapping[str, Any]] = {
         "dropout": 0.0, "middle_dropout": 0.0,
     },
 }  # fmt: skip
-"""Sizes as arguments of :class:`VideoConfig`: the paper's, one for a GPU or a patient CPU, one for tests and small tasks."""
+"""Sizes as arguments of :class:`VideoConfig`: the paper's, one for a GPU or patience, one for tests and small tasks."""
 
 
 def inv_lin(step: float, n: int, low: float = 0.01) -> float:
@@ -157,9 +158,7 @@ class VideoConfig:
 
     def _require(self, name: str, ok: bool, expected: str) -> None:
         if not ok:
-            raise ValueError(
-                f"VideoConfig: {name} is {getattr(self, name)!r}, but {expected} was expected"
-            )
+            raise ValueError(f"VideoConfig: {name} is {getattr(self, name)!r}, but {expected} was expected")
 
     @property
     def groups(self) -> int:
@@ -269,7 +268,8 @@ class _Inject(nn.Module):
         self.gate, self.add = nn.Linear(width, channels), nn.Linear(width, channels)
 
     def forward(self, x: Tensor, a: Tensor) -> Tensor:
-        gate, add = torch.sigmoid(self.gate(a)), self.add(a)
+        gate: Tensor = torch.sigmoid(self.gate(a))
+        add: Tensor = self.add(a)
         return x * gate[:, :, None, None] + add[:, :, None, None]
 
 
@@ -335,9 +335,7 @@ class VideoModel(nn.Module):
             sizes.append((math.ceil(sizes[-1][0] / 2), math.ceil(sizes[-1][1] / 2)))
             filters.append(filters[-1] * (2 if level < c.doublings else 1))
         self._sizes = sizes
-        self.down = nn.ModuleList(
-            _Conv(a, b, 4, 2) for a, b in zip(filters[:-1], filters[1:], strict=True)
-        )
+        self.down = nn.ModuleList(_Conv(a, b, 4, 2) for a, b in itertools.pairwise(filters))
         self.down_norms = nn.ModuleList(_Norm(b) for b in filters[1:])
         self.inject_action = nn.ModuleList(_Inject(c.action, b) for b in filters[:0:-1])
         self.up = nn.ModuleList(
@@ -351,7 +349,7 @@ class VideoModel(nn.Module):
             self.target_embed = nn.Conv2d(channels * (c.seen + 1), c.hidden, 1)
             self.target_action = _Inject(c.action, c.hidden)
             wide = (c.hidden, *c.posterior)
-            self.target_convs = nn.ModuleList(_Conv(a, b, 8, 4) for a, b in zip(wide, wide[1:], strict=False))
+            self.target_convs = nn.ModuleList(_Conv(a, b, 8, 4) for a, b in itertools.pairwise(wide))
             self.target_attention = nn.ModuleList(nn.Conv2d(b, 1, 1) for b in wide[1:])
             self.to_bits = nn.Linear(sum(wide[1:]), c.bits)
             self.predictor = _Predictor(filters[-1] * math.prod(sizes[-1]), c)
@@ -518,7 +516,8 @@ class VideoModel(nn.Module):
     def _to_index(self, bits: Tensor) -> Tensor:
         grouped = (bits > 0).unflatten(1, (self.config.groups, self.config.group))
         place = 2 ** torch.arange(self.config.group, device=bits.device)
-        return (grouped * place).sum(-1)
+        index: Tensor = (grouped * place).sum(-1)
+        return index
 
     def _to_signs(self, index: Tensor) -> Tensor:
         place = 2 ** torch.arange(self.config.group, device=index.device)
