@@ -212,8 +212,8 @@ PRESETS: dict[str, Preset] = {
     "simple-tiny": Preset(
         {
             "size": "tiny", "done": True, "steps": 6000, "steps_per_iteration": 1500,
-            "first_model_updates": 700, "model_updates": 250, "model_batch_size": 8, "horizon": 5,
-            "model_optimizer": "adam", "model_lr": 2e-3, "model_lr_warmup": 50, "model_warmup": 500,
+            "first_model_updates": 600, "model_updates": 200, "model_batch_size": 16, "horizon": 2,
+            "model_optimizer": "adam", "model_lr": 2e-3, "model_lr_warmup": 50, "model_warmup": 3000,
             "policy_updates": 60, "rollout_length": 25, "batch_size": 200, "epochs": 4, "lr": 1e-3, "clip": 0.2,
         },
         ("pywm/*",),

@@ -52,9 +52,12 @@ VIDEO_SIZES: Mapping[str, Mapping[str, Any]] = {
         "hidden": 32, "levels": 3, "doublings": 1, "bits": 32, "units": 64, "posterior": (32, 64),
         "dropout": 0.0, "middle_dropout": 0.0,
     },
+    # Small things on a plain ground, and hundreds of updates in place of tens of thousands: a mean over the picture would
+    # hide a ball from the heads, and a mean over its pixels from the loss.
     "tiny": {
         "hidden": 16, "levels": 2, "doublings": 1, "bits": 16, "group": 4, "units": 32, "posterior": (16, 32),
-        "dropout": 0.0, "middle_dropout": 0.0,
+        "dropout": 0.0, "middle_dropout": 0.0, "bit_flip": 0.0, "pool": "max", "pixel_scale": 20.0,
+        "reward_scale": 2.0, "done_scale": 2.0,
     },
 }  # fmt: skip
 """Sizes as arguments of :class:`VideoConfig`: the paper's, one for a GPU or patience, one for tests and small tasks."""
