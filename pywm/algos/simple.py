@@ -35,7 +35,7 @@ from torch import Tensor
 
 from pywm.algos import ppo
 from pywm.config import Preset, check_fields
-from pywm.data.frames import FrameReplay
+from pywm.data.frame_replay import FrameReplay
 from pywm.data.memory import free_memory
 from pywm.envs import EnvLike, Envs, is_image, make
 from pywm.errors import CheckpointError, UserError

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pywm.data import frames as module
-from pywm.data.frames import FrameReplay
+from pywm.data import frame_replay as module
+from pywm.data.frame_replay import FrameReplay
 from pywm.errors import CheckpointError, UserError
 
 K = 3
