@@ -48,8 +48,8 @@ class SimulatedVecEnv(VectorEnv[Any, Any, Any]):
         action_space: of the real environment.
         starts: ``starts(uniform [B], beginning=True)`` returns uint8 stacks ``[B, k·C, height, width]`` as a function of
             the numbers, of which the first is a true beginning of an episode where asked for:
-            :meth:`pywm.data.frame_replay.FrameReplay.starts`. Or an array of stacks, ``[M, k·C, height, width]``, whose first
-            is taken for the beginning.
+            :meth:`pywm.data.frame_replay.FrameReplay.starts`. Or an array of stacks, ``[M, k·C, height, width]``, whose
+            first is taken for the beginning.
         num_envs: N.
         length: steps after which a rollout is truncated.
         render_mode: ``"rgb_array"`` for pictures.

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
         ("ppo", "Pendulum-v1"),
         ("ppo", "LunarLander-v3"),
         ("dreamer_v3", "CartPole-v1"),
+        ("simple", "pywm/Catch-v0"),
     ],
 )
 def test_reaches_its_score(algo: str, env: str, tmp_path: Path) -> None:
@@ -45,8 +46,9 @@ def test_reaches_its_score(algo: str, env: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert result.returncode == 0, result.stdout
-    assert len(json.loads((tmp_path / f"{env}.json").read_text())["seeds"]) == 5
-    assert (tmp_path / f"{env}.png").stat().st_size > 10_000
+    stem = env.replace("/", "_")
+    assert len(json.loads((tmp_path / f"{stem}.json").read_text())["seeds"]) == 5
+    assert (tmp_path / f"{stem}.png").stat().st_size > 10_000
 
 
 TRUNCATION = ROOT / "docs" / "results" / "ppo" / "pywm_Truncation-v0.json"

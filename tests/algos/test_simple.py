@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -422,6 +427,26 @@ def test_a_stop_in_the_middle_of_an_iteration_loses_nothing(
     assert _hash(tmp_path / "parts") == _hash(tmp_path / "whole")
 
 
+def test_a_killed_run_goes_on_exactly(tmp_path: Path) -> None:
+    settings = {"steps": 45 * 40}
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(tmp_path / "parts"), json.dumps(settings)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
+    )
+    root, deadline = tmp_path / "parts" / "checkpoints", time.monotonic() + 120
+    while not (root / "step_00000090").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    step = load(root).step
+    assert 90 <= step < 45 * 40
+    stop = {"stop_at": step + 45}
+    _train("pywm/Catch-v0", tmp_path / "parts", settings, resume=True, **stop)
+    _train("pywm/Catch-v0", tmp_path / "whole", settings, **stop)
+    assert _hash(tmp_path / "parts") == _hash(tmp_path / "whole")
+
+
 def test_a_run_is_loaded_and_its_model_is_an_environment(tmp_path: Path) -> None:
     _train("pywm/Catch-v0", tmp_path, {"steps": 45})
     agent, envs = pywm.load(tmp_path)
@@ -454,3 +479,7 @@ def test_atari_runs_from_end_to_end(env: str) -> None:
     assert agent.frame == (1, 32, 32)
     agent = simple.train(Config(**{**settings, "grey": False, "first_model_updates": 1}), env)
     assert agent.frame == (3, 32, 32)
+
+
+if __name__ == "__main__":
+    _train("pywm/Catch-v0", Path(sys.argv[1]), json.loads(sys.argv[2]))
