@@ -324,7 +324,7 @@ class Agent:
         self.policy = ppo.Agent(
             _ppo_config(config), spaces.Box(0, 255, stack, np.uint8), action_space, self.device
         )
-        self._autocast = _operands_on(self.device, config.precision)
+        self.model.rounds = _rounds_on(self.device, config.precision)
         self.generator = torch.Generator(self.device).manual_seed(actions_seed)
 
     def look(self, obs: np.ndarray, carry: Carry | None, is_first: np.ndarray) -> np.ndarray:
@@ -391,12 +391,6 @@ class Agent:
         action = self.choose(stack, self.generator, temperature)
         return action, Carry(stack, self.actions.from_env(action, "simple.Agent.act"))
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Round what the model multiplies, where that was asked for."""
-        if not self._autocast:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
-
     @torch.no_grad()
     def open_loop(
         self,
@@ -424,8 +418,7 @@ class Agent:
         frames, reward, goes_on = [truth[0]], [torch.zeros(B)], [torch.ones(B)]
         for t in range(1, T):
             uniform = torch.rand(B, groups, generator=generator).to(self.device)
-            with self.autocast():
-                predicted, state = self.model.step(state, prev_action[t].to(self.device), uniform)
+            predicted, state = self.model.step(state, prev_action[t].to(self.device), uniform)
             frames.append(predicted.frame)
             reward.append(predicted.reward.cpu())
             goes_on.append(1 - predicted.end.cpu())
@@ -665,13 +658,12 @@ class Learner:
         words = np.random.SeedSequence([self._noise_seed, updates]).generate_state(2)
         rng = np.random.default_rng(int(words[0]))
         window = _window(self.replay.sample(config.model_batch_size, config.horizon, rng), self.agent.device)
-        with self.agent.autocast():
-            loss = self.agent.model.loss(
-                window,
-                updates=updates,
-                seed=int(words[1]),
-                checkpoint_activations=config.checkpoint_activations,
-            )
+        loss = self.agent.model.loss(
+            window,
+            updates=updates,
+            seed=int(words[1]),
+            checkpoint_activations=config.checkpoint_activations,
+        )
         self.agent.parameters.backward(loss.total)
         norm = self.optimizer.step()
         return {**loss.stats, "model/grad_norm": norm}
@@ -680,13 +672,9 @@ class Learner:
         """Train the policy in the model, or until the run is to stop."""
         goal = self.config.policy_updates_of(self.iteration)
         if self._policy_updates == 0:
-            with self.agent.autocast():
-                self.ppo.start_episodes(_Simulation(self.iteration))
+            self.ppo.start_episodes(_Simulation(self.iteration))
         while self._policy_updates < goal and not run.stopping:
-            # PPO's own networks, too: on a GPU they gain as much.
-            with self.agent.autocast() if self.agent.device.type == "cuda" else contextlib.nullcontext():
-                batch = self.ppo.collect(run)
-            metrics = self.ppo.update(batch, run)
+            metrics = self.ppo.update(self.ppo.collect(run), run)
             self._policy_updates += 1
             if self._policy_updates % POLICY_UPDATES_PER_ROW == 0 and run.log_due(self.env_steps):
                 renamed = {
@@ -842,7 +830,7 @@ def announce(learner: Learner) -> str:
             sizes[storage.data_ptr()] = storage.nbytes()
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), agent.autocast():
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         loss = agent.model.loss(window, updates=0, seed=0).total
     logits = 4 * math.prod(c.shape) * (256 if c.pixels == "softmax" else 1)
     # What the way back needs of a step of one window, and the gradient of its logits.
@@ -865,10 +853,9 @@ def announce(learner: Learner) -> str:
     window = _blank_window(c, config.model_batch_size, config.horizon, agent.device)
     for _ in range(2):
         began = time.perf_counter()
-        with agent.autocast():
-            loss = agent.model.loss(
-                window, updates=0, seed=0, checkpoint_activations=config.checkpoint_activations
-            ).total
+        loss = agent.model.loss(
+            window, updates=0, seed=0, checkpoint_activations=config.checkpoint_activations
+        ).total
         agent.parameters.backward(loss)
         loss.detach().cpu()  # waits for the device
         seconds = time.perf_counter() - began
@@ -879,8 +866,7 @@ def announce(learner: Learner) -> str:
     uniform = torch.zeros(config.agents, c.groups, device=agent.device)
     began = time.perf_counter()
     for _ in range(3):
-        with agent.autocast():
-            predicted, _state = agent.model.step(state, action, uniform)
+        predicted, _state = agent.model.step(state, action, uniform)
         predicted.reward.cpu()
     simulated = (time.perf_counter() - began) / 3
     updates = config.model_updates_after(config.iterations - 1)
@@ -1055,7 +1041,7 @@ def _eval_envs(config: Config, env: EnvLike, count: int, render_mode: str | None
         yield envs
 
 
-def _operands_on(device: torch.device, precision: str) -> bool:
+def _rounds_on(device: torch.device, precision: str) -> bool:
     """Say whether to round; a device that gains nothing from it does not."""
     why_not = _operands.why_not(precision, device)
     if why_not is not None:

@@ -202,6 +202,7 @@ def test_presets_are_configurations_and_the_defaults_are_the_papers() -> None:
         {"checkpoint_activations": True},
         {"schedule": "t2t"},
         {"done": False},
+        {"precision": "bfloat16"},
     ],
     ids=lambda change: "-".join(change),
 )

@@ -321,6 +321,7 @@ class VideoModel(nn.Module):
 
     Attributes:
         config: the same.
+        rounds: multiply in bfloat16 (weights, norms, the predictor, losses and the memory stay float32); False at first.
 
     Source:
         Kaiser et al. (2020), Model-Based Reinforcement Learning for Atari, and the sizes of its released code.
@@ -329,6 +330,7 @@ class VideoModel(nn.Module):
     def __init__(self, config: VideoConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = c = config
+        self.rounds = False
         channels, height, width = c.shape
         if c.reading == "recurrent":
             self.remember = _Conv(c.memory + channels, 2 * c.memory, 3)
@@ -382,6 +384,9 @@ class VideoModel(nn.Module):
 
     # ---- the network
 
+    def _precision(self, like: Tensor, rounds: bool = True) -> Any:
+        return torch.autocast(like.device.type, torch.bfloat16, enabled=self.rounds and rounds)
+
     def _timed(self, x: Tensor, level: int) -> Tensor:
         waves = self.get_buffer(f"_waves{level}")
         return x + waves.to(x.dtype)
@@ -412,13 +417,14 @@ class VideoModel(nn.Module):
         x = self.inject_action[0](x, action)
         bits: Tensor | None = None
         use: Tensor | None = None
-        predictor_loss = x.new_zeros(len(x))
+        predictor_loss = torch.zeros(len(x), device=x.device)
         if c.kind == "sd" and target is not None:
             assert generator is not None
             bits, use, predictor_loss = self._posterior(x, standard, target, action, updates, generator)
         elif c.kind == "sd":
             assert uniform is not None
-            bits = self._to_signs(self.predictor.draw(x.flatten(1), uniform)).to(x.dtype)
+            with self._precision(x, rounds=False):
+                bits = self._to_signs(self.predictor.draw(x.flatten(1).float(), uniform))
         x = self._with_bits(x, bits, use, 0)
 
         bottom = x
@@ -442,7 +448,7 @@ class VideoModel(nn.Module):
         parts = (bottom, x)
         pooled = [part.mean((2, 3)) if c.pool == "mean" else part.amax((2, 3)) for part in parts]
         summary = torch.relu(self.summary(torch.cat(pooled, 1)))
-        end = self.end(summary).squeeze(-1).float() if c.done else x.new_zeros(len(x))
+        end = self.end(summary).squeeze(-1).float() if c.done else torch.zeros(len(x), device=x.device)
         return _Out(pixels, self.reward(summary).float(), end, memory, predictor_loss)
 
     def _embed(self, standard: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -455,8 +461,8 @@ class VideoModel(nn.Module):
 
     def _remember(self, x: Tensor, memory: Tensor) -> Tensor:
         gate, candidate = self.remember(x).chunk(2, 1)
-        gate = torch.sigmoid(gate)
-        return memory * gate + torch.tanh(candidate) * (1 - gate)
+        gate, candidate = torch.sigmoid(gate.float()), torch.tanh(candidate.float())
+        return memory * gate + candidate * (1 - gate)
 
     def _with_bits(self, x: Tensor, bits: Tensor | None, use: Tensor | None, level: int) -> Tensor:
         if bits is None:
@@ -485,15 +491,17 @@ class VideoModel(nn.Module):
         raw = self.to_bits(torch.cat(found, 1)).float()
         bits, clean = self.discretise(raw, updates, generator)
         index = self._to_index(clean)
-        loss = self.predictor(x.flatten(1), index, generator)
         # Bits as the simulation will draw them, so that what is above learns to live with them.
         drawn_share = c.latent_sampling * inv_lin(updates, c.warmup)
-        drawn = self.predictor.draw(x.flatten(1), _uniform((B, c.groups), x, generator))
+        with self._precision(x, rounds=False):
+            known = x.flatten(1).float()
+            loss = self.predictor(known, index, generator)
+            drawn = self.predictor.draw(known, _uniform((B, c.groups), x, generator))
         other = self._to_signs(drawn)
         chosen = _uniform((B, 1), x, generator) < drawn_share
         bits = torch.where(chosen, bits + (other - bits).detach(), bits)
         use = _uniform((B,), x, generator) < c.latent_use * inv_lin(updates, c.warmup // 2)
-        return bits.to(x.dtype), use, loss
+        return bits, use, loss
 
     def discretise(self, raw: Tensor, updates: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Make bits of numbers, as in training.
@@ -602,7 +610,8 @@ class VideoModel(nn.Module):
         if c.input_noise > 0:
             seen = _spoil(seen, c.input_noise, generator)
         target = window.frames[t + 1]
-        out = self._network(seen, memory, window.action[t], generator, target=target, updates=updates)
+        with self._precision(seen):
+            out = self._network(seen, memory, window.action[t], generator, target=target, updates=updates)
         losses = {"pixels": self.pixel_loss(out.pixels, target.permute(0, 2, 3, 1)).flatten(1).mean(1)}
         if c.kind == "sd":
             losses["predictor"] = out.predictor_loss
@@ -651,7 +660,8 @@ class VideoModel(nn.Module):
             return VideoState(frames, None)
         memory = torch.zeros(len(frames), c.memory, *c.shape[1:], device=frames.device)
         for frame in frames.split(c.shape[0], 1)[:-1]:
-            memory = self._remember(torch.cat([memory, _standardise(frame)], 1), memory)
+            with self._precision(frame):
+                memory = self._remember(torch.cat([memory, _standardise(frame)], 1), memory)
         return VideoState(frames, memory)
 
     @torch.no_grad()
@@ -665,7 +675,8 @@ class VideoModel(nn.Module):
         """
         c = self.config
         seen = state.frames[:, -c.seen * c.shape[0] :]
-        out = self._network(seen, state.memory, action, None, uniform=uniform)
+        with self._precision(seen):
+            out = self._network(seen, state.memory, action, None, uniform=uniform)
         frame = self._to_frame(out.pixels)
         end = torch.sigmoid(out.end) if c.done else out.end
         reward = out.reward.argmax(-1).float() - 1
