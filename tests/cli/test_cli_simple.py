@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 from processes import Commands
+
+ROOT = Path(__file__).parents[2]
 
 SETTINGS = {
     "steps-per-iteration": 30,
@@ -63,3 +70,24 @@ def test_a_run_is_trained_resumed_evaluated_and_dreamt(pywm: Commands) -> None:
     assert result.code == 0, result.err
     assert result.out == "pictures/dream.png\npictures/dream.gif\n"
     assert "mean squared error:" in result.err
+
+
+def test_the_fields_figure_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    words = ["--algos", "ppo", "--steps", "128", "--seeds", "2", "--out", "out", "--runs", "runs"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pywm", "bench", "sample-efficiency", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+    assert "ppo seed 1: " in result.stdout
+    runs = json.loads((tmp_path / "out" / "pywm_Catch-v0.json").read_text())["runs"]
+    assert [(row["algorithm"], row["seed"], row["steps"]) for row in runs] == [
+        ("ppo", 0, 128),
+        ("ppo", 1, 128),
+    ]
+    assert (tmp_path / "out" / "pywm_Catch-v0.png").stat().st_size > 10_000

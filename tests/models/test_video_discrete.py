@@ -77,7 +77,9 @@ def test_gradients_pass_straight_through_the_bits_to_the_encoder() -> None:
 
 def test_every_weight_is_learnt() -> None:
     for settings in ({"done": True}, {"reading": "recurrent"}, {"kind": "deterministic", "bits": 0}):
-        model = model_of(shape=(1, 18, 17), **settings)  # the second convolution of the posterior leaves several places
+        model = model_of(
+            shape=(1, 18, 17), **settings
+        )  # the second convolution of the posterior leaves several places
         found = gradients(model, window_of(model.config))
         assert {name for name, _ in model.named_parameters()} == set(found)
         assert all(float(x.abs().max()) > 0 for x in found.values())
