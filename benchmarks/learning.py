@@ -3,6 +3,7 @@
     python benchmarks/learning.py CartPole-v1 Pendulum-v1 --seeds 5
     python benchmarks/learning.py LunarLander-v3 --seeds 5 --out docs/results/ppo
     python benchmarks/learning.py CartPole-v1 --algo dreamer_v3 --threads 1
+    python benchmarks/learning.py pywm/Catch-v0 --algo simple --threads 1 --seeds 3
 
 For every environment: ``<out>/<env>.json`` (settings, versions, machine; for each seed the wall time and the processor time
 of the training, the returns of 20 greedy episodes and the learning curve) and ``<out>/<env>.png``. The runs themselves stay
@@ -58,6 +59,7 @@ GOALS = {
     # An episode without success returns -0.5, so that 0.9 on average means a success of 95 % and more.
     ("dreamer_v3", "pywm/Grid-v0"): Goal(0.9, 1.0, seconds=720, seeds=3),
     ("dreamer_v3", "pywm/TMaze-v0"): Goal(0.95, 1.0, seconds=240),
+    ("simple", "pywm/Catch-v0"): Goal(0.8, 1.0, seconds=720, seeds=3),
 }
 
 

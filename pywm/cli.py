@@ -623,7 +623,7 @@ def _list_envs() -> list[str]:
 
 
 def _bench(argv: list[str]) -> int:
-    kinds = ("ops", "peers", "train")
+    kinds = ("ops", "peers", "train", "sample-efficiency")
     usage = f"usage: pywm bench [{'|'.join(kinds)}] [--flags of that benchmark]"
     if argv and argv[0] in ("-h", "--help"):
         _out(usage)
@@ -632,7 +632,7 @@ def _bench(argv: list[str]) -> int:
     if kind not in kinds:
         raise UserError(f"no benchmark {kind!r}.{suggest(kind, kinds)}")
     root = Path(__file__).parent.parent
-    script = root / "benchmarks" / ("run.py" if kind == "ops" else f"{kind}.py")
+    script = root / "benchmarks" / ("run.py" if kind == "ops" else f"{kind.replace('-', '_')}.py")
     if _is_checkout(root) and script.exists():
         return subprocess.call([sys.executable, str(script), *rest])
     if kind != "ops":
@@ -734,7 +734,11 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
         "show what a run's world model imagines beside what happened",
     ),
     "plot": (_plot, "pywm plot RUN... [--out curves.png]", "draw learning curves with confidence bands"),
-    "bench": (_bench, "pywm bench [ops|peers|train]", "measure the speed of the kernels"),
+    "bench": (
+        _bench,
+        "pywm bench [ops|peers|train|sample-efficiency]",
+        "measure speed, or returns against real steps",
+    ),
     "check-env": (
         _check_env,
         "pywm check-env ID [--json]",

@@ -26,6 +26,7 @@ import pywm.envs.toy  # noqa: F401
 from pywm.config import suggest
 from pywm.envs.atari import Atari
 from pywm.envs.cartpole import CartPole
+from pywm.envs.catch import CatchVector
 from pywm.envs.grid_chase import MAX_STEPS, GridChaseVector
 from pywm.envs.vector import Envs, missing_extra
 from pywm.errors import EnvError, MissingExtra, PywmError, UserError
@@ -55,7 +56,8 @@ def make(
     """Make ``num_envs`` environments that step together under one law.
 
     ==============================  ==================================================================
-    ``"CartPole-v1"``               any gymnasium id; CartPole-v1 and pywm/GridChase-v0 run in one batched step
+    ``"CartPole-v1"``               any gymnasium id; CartPole-v1, pywm/Catch-v0 and pywm/GridChase-v0 run in one batched
+                                    step
     ``"my_pkg:MyEnv-v0"``           the module is imported first, also from the working directory
     ``"my_pkg:MyEnv"``              a class or function of a module
     ``"ALE/Pong-v5"``               ALE's native vector environment: uint8 ``[4, 84, 84]``, see ``Atari``
@@ -156,6 +158,8 @@ def _from_id(
     if name == "pywm/GridChase-v0" and not kwargs:
         limit = spec.max_episode_steps if max_episode_steps is None else max_episode_steps
         return GridChaseVector(count, limit or MAX_STEPS, render_mode)
+    if name == "pywm/Catch-v0" and max_episode_steps is None and not kwargs:
+        return CatchVector(count, render_mode)
     if spec.entry_point is None:
         return _guarded(lambda: gymnasium.make_vec(name, count, render_mode=render_mode, **kwargs), env_id)
     # gymnasium's passive checker would look at every step; `pywm check-env` looks once, and closer.

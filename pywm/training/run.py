@@ -431,13 +431,16 @@ class Run:
         self._env_steps = env_steps
         return self._checkpoints.due(env_steps)
 
-    def save(self, env_steps: int, state: State, *, score: float | None = None) -> Path | None:
+    def save(
+        self, env_steps: int, state: State, *, score: float | None = None, replace: bool = False
+    ) -> Path | None:
         """Write a checkpoint, with the random generators and the position in the log.
 
         Args:
             env_steps: where the training stands; saving the same step again does nothing.
             state: :func:`pywm.training.checkpoint.join` of the parts; ``"agent"`` is what evaluation loads.
             score: higher is better; the highest so far is kept as the best checkpoint.
+            replace: save the same step again all the same: an algorithm may learn for long without a step.
 
         Returns:
             The checkpoint, or None where the disk did not take it: the one before is intact, and training
@@ -447,7 +450,7 @@ class Run:
             NumericalError: a tensor is not finite; nothing is written.
         """
         try:
-            return self._save(env_steps, state, score)
+            return self._save(env_steps, state, score, replace)
         except OSError as error:
             if env_steps >= self._status.total_steps or self.stopping:
                 return None  # `finish` follows, which tries again and has the words for it
@@ -460,9 +463,9 @@ class Run:
             )
             return None
 
-    def _save(self, env_steps: int, state: State, score: float | None) -> Path | None:
+    def _save(self, env_steps: int, state: State, score: float | None, replace: bool) -> Path | None:
         self._env_steps = env_steps
-        if env_steps == self._saved_step:
+        if env_steps == self._saved_step and not replace:
             return self._last_good
         tensors = {
             name: tensor
@@ -529,15 +532,19 @@ class Run:
         """Ask the training to end after this iteration, from any thread."""
         self._stop = True
 
-    def finish(self, env_steps: int, state: State, *, score: float | None = None) -> None:
+    def finish(
+        self, env_steps: int, state: State, *, score: float | None = None, replace: bool = False
+    ) -> None:
         """Save the last checkpoint, and say where the time went and how to go on, if there is anything left to do.
+
+        The arguments are those of :meth:`save`.
 
         Raises:
             CheckpointError: the disk did not take it; the message has the command to go on with.
         """
         failure: OSError | None = None
         try:
-            path = self._save(env_steps, state, score)
+            path = self._save(env_steps, state, score, replace)
         except OSError as error:
             failure = error
         self._status.env_steps = env_steps
@@ -690,14 +697,18 @@ class NullRun(Run):
         """Return False: nothing is kept."""
         return False
 
-    def save(self, env_steps: int, state: State, *, score: float | None = None) -> Path | None:
+    def save(
+        self, env_steps: int, state: State, *, score: float | None = None, replace: bool = False
+    ) -> Path | None:
         """Keep nothing."""
         return None
 
     def announce(self, envs: Any) -> None:
         """Say nothing: there are no checkpoints."""
 
-    def finish(self, env_steps: int, state: State, *, score: float | None = None) -> None:
+    def finish(
+        self, env_steps: int, state: State, *, score: float | None = None, replace: bool = False
+    ) -> None:
         """Do nothing."""
 
     def __enter__(self) -> NullRun:

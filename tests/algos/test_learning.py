@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
         ("dreamer_v3", "CartPole-v1"),
         ("dreamer_v3", "Pendulum-v1"),
         ("dreamer_v3", "pywm/DelayedCopy-v0"),
+        ("simple", "pywm/Catch-v0"),
     ],
 )
 def test_reaches_its_score(algo: str, env: str, tmp_path: Path) -> None:

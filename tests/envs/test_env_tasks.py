@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 
-from pywm.envs import Envs, check_env, make
+from pywm.envs import Envs, check_env, check_vector_env, make
+from pywm.envs.catch import Catch, CatchVector
 from pywm.envs.delayed_copy import DelayedCopy
 from pywm.envs.grid import MOVES, Grid
 from pywm.envs.tmaze import TMaze
 from pywm.errors import UserError
 
 Policy = Callable[[np.ndarray], np.ndarray]
-IDS = ["pywm/TMaze-v0", "pywm/DelayedCopy-v0", "pywm/Grid-v0", "pywm/GridChase-v0"]
+IDS = ["pywm/TMaze-v0", "pywm/DelayedCopy-v0", "pywm/Grid-v0", "pywm/GridChase-v0", "pywm/Catch-v0"]
 
 
 def play(envs: Envs, policy: Policy, episodes: int) -> list[Any]:
@@ -204,6 +205,61 @@ def test_start_and_goal_differ_and_come_from_the_seed() -> None:
     assert all(not (x[..., 0] & x[..., 1]).any() for x in starts)
     assert len({x.tobytes() for x in starts}) > 90
     assert all(np.array_equal(env.reset(seed=i)[0], x) for i, x in enumerate(starts))
+
+
+def below(obs: np.ndarray) -> np.ndarray:
+    """Go below the ball as the pictures ``[N, 1, height, width]`` show it."""
+    ball = (obs[:, 0] == 255).any(1).argmax(-1)
+    paddle = (obs[:, 0, -1] == 128).argmax(-1) + 1
+    return np.sign(ball - paddle) + 1
+
+
+def test_every_ball_can_be_caught_and_luck_catches_few() -> None:
+    envs = make("pywm/Catch-v0", 8)
+    assert envs.observation_space.shape == (1, 24, 24)
+    best = play(envs, below, 200)
+    assert {(e.return_, e.length) for e in best} == {(1.0, 22)}
+    lucky = play(make("pywm/Catch-v0", 8), at_random(8, 3), 1000)
+    assert -0.72 < np.mean([e.return_ for e in lucky]) < -0.55
+    assert {e.return_ for e in lucky} == {-1.0, 1.0}
+    for stay in (0, 1, 2):
+        still = play(make("pywm/Catch-v0", 8), lambda _, a=stay: np.full(8, a), 200)
+        assert np.mean([e.return_ for e in still]) < -0.4
+
+
+def test_a_batch_of_balls_is_the_single_ones() -> None:
+    vector, singles = CatchVector(3, render_mode="rgb_array"), [Catch("rgb_array") for _ in range(3)]
+    assert check_vector_env(CatchVector(3)).ok
+    obs, _ = vector.reset(seed=7)
+    assert np.array_equal(obs, np.stack([env.reset(seed=7 + n)[0] for n, env in enumerate(singles)]))
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        actions = rng.integers(0, 3, 3)
+        obs, reward, terminated, truncated, info = vector.step(actions)
+        for n, env in enumerate(singles):
+            single, paid, ended, _, _ = env.step(actions[n])
+            assert (paid, ended) == (reward[n], terminated[n])
+            if ended:
+                assert np.array_equal(info["final_obs"][n], single)
+                single, _ = env.reset()
+            assert np.array_equal(obs[n], single)
+            assert np.array_equal(vector.render()[n], env.render())
+        assert not truncated.any()
+    assert Catch().render() is None
+    assert CatchVector(1).render() is None
+
+
+def test_a_ball_falls_on_from_a_saved_state() -> None:
+    for source in ("pywm/Catch-v0", Catch):
+        envs, other = make(source, 3), make(source, 3)
+        envs.reset(0)
+        for _ in range(30):
+            envs.step(np.array([0, 1, 2]))
+        other.reset(9)
+        other.set_state(envs.get_state())
+        for _ in range(30):
+            a, b = envs.step(np.array([2, 1, 0])), other.step(np.array([2, 1, 0]))
+            assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_impossible_tasks_are_refused() -> None:

@@ -18,7 +18,7 @@ from pywm.envs import make
 from pywm.envs.toy import Counter, Match
 from pywm.errors import EnvError, MissingExtra, UserError
 from pywm.integrations.sb3 import as_vec_env
-from pywm.models import WorldModel, WorldModelVectorEnv
+from pywm.models import SimulatedVecEnv, VideoConfig, VideoModel, WorldModel, WorldModelVectorEnv
 
 sb3 = pytest.importorskip("stable_baselines3", reason="the extra sb3 is not installed")
 
@@ -447,3 +447,24 @@ def test_pictures_of_a_world_model_are_seen() -> None:
     agent = sb3.PPO("CnnPolicy", adapted, n_steps=8, batch_size=16, n_epochs=1, device="cpu", seed=0)
     agent.learn(16)
     assert adapted.render().shape == (72, 36, 3)
+
+
+def test_ppo_trains_inside_a_video_model() -> None:
+    config = VideoConfig(
+        (1, 36, 36), 3, hidden=8, levels=2, doublings=1, bits=8, group=4, units=8, posterior=(8, 8), done=True
+    )
+    starts = np.random.default_rng(0).integers(0, 255, (5, 4, 36, 36), np.uint8)
+    envs = SimulatedVecEnv(
+        VideoModel(config), spaces.Discrete(3), starts, 4, length=6, render_mode="rgb_array"
+    )
+    adapted = as_vec_env(envs)
+    agent = sb3.PPO("CnnPolicy", adapted, n_steps=8, batch_size=16, n_epochs=1, device="cpu", seed=0)
+    before = [p.detach().clone() for p in agent.policy.parameters()]
+    agent.learn(64)
+    assert any(not torch.equal(a, b) for a, b in zip(before, agent.policy.parameters(), strict=True))
+    _, _, done, infos = adapted.step(np.zeros(4, int))
+    for _ in range(6):
+        _, _, done, infos = adapted.step(np.zeros(4, int))
+        for ended, info in zip(done, infos, strict=True):
+            assert not ended or info["terminal_observation"].shape == (4, 36, 36)
+    assert adapted.render().shape == (72, 72, 3)

@@ -109,6 +109,19 @@ def test_poisoned_weights_are_never_saved(tmp_path: Path) -> None:
     assert [checkpoint.step_of(p) for p in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [10, 30]
 
 
+def test_a_step_is_saved_again_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    states = [State({"x": torch.tensor(float(i))}, {}) for i in range(4)]
+    seen = []
+    with open_run(tmp_path) as run:
+        for i, replace in enumerate((False, False, True)):
+            run.save(10, join({"agent": states[i]}), replace=replace)
+            seen.append(float(checkpoint.load(tmp_path / "checkpoints").state.tensors["agent/x"]))
+        run.finish(10, join({"agent": states[3]}), replace=True)
+        seen.append(float(checkpoint.load(tmp_path / "checkpoints").state.tensors["agent/x"]))
+    assert seen == [0, 0, 2, 3]
+    assert [checkpoint.step_of(p) for p in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [10]
+
+
 def test_checkpoints_are_due_once_for_each_multiple_passed(tmp_path: Path) -> None:
     with open_run(tmp_path) as run:
         assert [s for s in range(4, 44, 4) if run.checkpoint_due(s)] == [12, 20, 32, 40]
