@@ -43,8 +43,7 @@ ROLLOUTS = 512
 EVALUATION_SEED = 1_000_000
 # At step 30: the player's cell is right in more than this share of rollouts, the control's error is at least this many
 # times the model's, and so is the model's under the actions of others. All within this processor time, on one thread.
-# The aim for the control was 3; seed 0 had 2.2 with these settings, so this is a guard and no achievement.
-GOALS = {"exact": 0.95, "control": 1.5, "permuted": 5.0, "cpu_seconds": 1440}
+GOALS = {"exact": 0.95, "control": 3.0, "permuted": 5.0, "cpu_seconds": 1440}
 
 
 @dataclass(frozen=True)
