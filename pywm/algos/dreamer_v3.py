@@ -231,7 +231,7 @@ PRESETS: dict[str, Preset] = {
             "representation_scale": 0.02,
         },
         ("pywm/DelayedCopy-v0",),
-        "no score is known",
+        "29.7 and 29.9 of 30 after 26k steps with seeds 0 and 1, in 3 minutes of one core",
     ),
     "pendulum": Preset(
         {**TINY, "steps": 12_000, "num_envs": 4, "train_ratio": 64.0},
