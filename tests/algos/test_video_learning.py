@@ -58,7 +58,7 @@ def test_the_recorded_seeds_reach_the_goals() -> None:
     assert result["seeds"]
     assert (result["goals"]["exact"], result["goals"]["control"], result["goals"]["permuted"]) == (
         0.95,
-        1.5,
+        3,
         5,
     )
     check(result)
