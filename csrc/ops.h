@@ -341,8 +341,8 @@ struct AdamArgs {
 };
 
 // One step of LaProp with adaptive gradient clipping, in place, all of [P]; norm [1]. Tensor s of the network lies in
-// [offsets[s], offsets[s + 1]), offsets [segments + 1] ascending from 0 to P. clip < 0 does not clip. `slow` [followed],
-// or null, follows the last parameters; `rounded` [P], or null, gets all of them as bfloat16 numbers.
+// [offsets[s], offsets[s + 1]), offsets [segments + 1] ascending from 0 to P. clip < 0 does not clip. `slow`
+// [followed], or null, follows the last parameters; `rounded` [P], or null, gets all of them as bfloat16 numbers.
 template <typename S>
 struct LaPropArgs {
   S* param;

@@ -30,6 +30,7 @@ MODULES = [
     "pywm.losses",
     "pywm.data",
     "pywm.models",
+    "pywm.models.video",
     "pywm.planning",
     "pywm.training",
     "pywm.algos",

@@ -195,9 +195,8 @@ py::object symexp_twohot_loss(py::handle logits, py::handle target, py::handle o
   if (!call.ok()) return py::none();
   if (call.numel() > 0)
     by_dtype(call, [&]<typename S>() {
-      const pywm::SymexpTwohotLossArgs<S> a{in<S>(l),           in<S>(y), in<S>(y2),
-                                            out<S>(loss_data), rows.M,   call.size(rows.rank),
-                                            S(scale)};
+      const pywm::SymexpTwohotLossArgs<S> a{
+          in<S>(l), in<S>(y), in<S>(y2), out<S>(loss_data), rows.M, call.size(rows.rank), S(scale)};
       call.run([&] { pywm::cpu::symexp_twohot_loss(a); },
                [&](void* stream) { pywm::cuda::symexp_twohot_loss(a, stream); });
     });
@@ -218,8 +217,8 @@ py::object symexp_twohot_loss_backward(py::handle grad, py::handle logits, py::h
   if (!call.ok()) return py::none();
   if (call.numel() > 0)
     by_dtype(call, [&]<typename S>() {
-      const pywm::SymexpTwohotLossBackwardArgs<S> a{in<S>(g),          in<S>(l), in<S>(y),             in<S>(y2),
-                                                    out<S>(grad_data), rows.M,   call.size(rows.rank), S(other_scale)};
+      const pywm::SymexpTwohotLossBackwardArgs<S> a{
+          in<S>(g), in<S>(l), in<S>(y), in<S>(y2), out<S>(grad_data), rows.M, call.size(rows.rank), S(other_scale)};
       call.run([&] { pywm::cpu::symexp_twohot_loss_backward(a); },
                [&](void* stream) { pywm::cuda::symexp_twohot_loss_backward(a, stream); });
     });

@@ -15,8 +15,8 @@ bool are_offsets(const int64_t* offsets, int64_t count, int64_t P) {
   return true;
 }
 
-// Changes param, exp_avg, exp_avg_sq, slow and rounded in place and returns the norm. clip: None does not clip. slow and
-// rounded may be None.
+// Changes param, exp_avg, exp_avg_sq, slow and rounded in place and returns the norm. clip: None does not clip. slow
+// and rounded may be None.
 py::object laprop_step_(py::handle param, py::handle grad, py::handle exp_avg, py::handle exp_avg_sq,
                         py::handle offsets, py::handle step, py::handle lr, py::handle beta1, py::handle beta2,
                         py::handle eps, py::handle clip, py::handle min_norm, py::handle slow, py::handle slow_rate,

@@ -541,8 +541,8 @@ void laprop_step(const LaPropArgs<S>& a) {
     call.scales[s] = math::agc_scale(grad_sq[s], param_sq[s], a.clip, a.min_norm);
 
   const double bias1 = 1 - std::pow(a.beta1, double(a.step)), bias2 = 1 - std::pow(a.beta2, double(a.step));
-  call.factors = {S(1 - a.beta1), S(a.beta2), S(1 - a.beta2), S(1 / std::sqrt(bias2)), S(a.lr / bias1), S(a.eps),
-                  S(a.slow_rate)};
+  call.factors = {S(1 - a.beta1),  S(a.beta2), S(1 - a.beta2), S(1 / std::sqrt(bias2)),
+                  S(a.lr / bias1), S(a.eps),   S(a.slow_rate)};
   parallel_for(blocks, 1, 2 * a.P, &call, [](void* context, int64_t first, int64_t last) {
     const Call& c = *static_cast<Call*>(context);
     over_pieces(c.a, first, last, [&](int64_t, int64_t s, int64_t begin, int64_t end) {

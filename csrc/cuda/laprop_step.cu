@@ -1,8 +1,10 @@
 // LaProp with adaptive gradient clipping over one flat buffer on CUDA. See pywm/ops/laprop_step.py.
 //
-// What:     The norms of each tensor's gradient and values, then the step of every parameter, in place, with what follows
+// What:     The norms of each tensor's gradient and values, then the step of every parameter, in place, with what
+// follows
 //           the last ones slowly and a bfloat16 copy.
-// Layout:   param, grad, exp_avg, exp_avg_sq, rounded [P] contiguous; tensor s lies in [offsets[s], offsets[s + 1]); slow
+// Layout:   param, grad, exp_avg, exp_avg_sq, rounded [P] contiguous; tensor s lies in [offsets[s], offsets[s + 1]);
+// slow
 //           [followed].
 // Mapping:  A block takes kPiece neighbouring numbers and goes through the tensors that they belong to: sums of squares
 //           into `workspace`; one block adds them up, a warp a tensor; then a block updates kPiece numbers again. Three
@@ -105,8 +107,8 @@ int64_t laprop_workspace(int64_t P, int64_t segments) { return 2 * num_parts(P, 
 template <typename S>
 void laprop_step(const LaPropArgs<S>& a, Stream stream) {
   const double bias1 = 1 - std::pow(a.beta1, double(a.step)), bias2 = 1 - std::pow(a.beta2, double(a.step));
-  const math::LaPropFactors<S> factors{S(1 - a.beta1),          S(a.beta2),      S(1 - a.beta2),
-                                       S(1 / std::sqrt(bias2)), S(a.lr / bias1), S(a.eps), S(a.slow_rate)};
+  const math::LaPropFactors<S> factors{S(1 - a.beta1),  S(a.beta2), S(1 - a.beta2), S(1 / std::sqrt(bias2)),
+                                       S(a.lr / bias1), S(a.eps),   S(a.slow_rate)};
   const dim3 pieces(static_cast<unsigned>(ceil_div(a.P, kPiece)));
   PYWM_LAUNCH((laprop_squares_kernel<S>), pieces, dim3(kThreads), 0, stream, a);
   check_launch("laprop_step");

@@ -381,7 +381,9 @@ def _symexp_twohot_loss(B: int, both: bool = False) -> Callable[..., Sample]:
             return y.sign() * (5 * y).abs().expm1()  # some beyond the outermost bin
 
         tensors = {"logits": logits, "target": target()}
-        return Sample({**tensors, "other": target()}, {"other_scale": 0.5}) if both else Sample(tensors)
+        if not both:
+            return Sample({**tensors})
+        return Sample({**tensors, "other": target()}, {"other_scale": 0.5})
 
     return build
 
