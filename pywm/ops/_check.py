@@ -165,11 +165,14 @@ def number(
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
         raise TypeError(f"{function}: {name} is a {type(x).__name__}, but a number was expected")
     try:
-        value, shown = float(x), str(x)
+        value = float(x)
     except OverflowError:
-        value, shown = math.nan, "an integer beyond the range of floats"
+        value = math.nan
     above, below = low < value if exclusive_low else low <= value, value < high if finite else value <= high
     if not (above and below):
+        # Only here: a tracer that carries the number as a symbol cannot write it down.
+        is_too_large = isinstance(x, int) and math.isnan(value)
+        shown = "an integer beyond the range of floats" if is_too_large else str(x)
         opening, closing = "(" if exclusive_low else "[", ")" if finite else "]"
         raise ValueError(
             f"{function}: {name} is {shown}, but a number in {opening}{low:g}, {high:g}{closing} was expected"

@@ -289,8 +289,9 @@ def draw(
     if seed is not None:
         T, N, S = shape if len(shape) == 3 else (1, *shape)
         count = philox_normal if normal else philox_uniform
-        drawn = count(seed, offset, (T, N, S), stream=stream, device=first.device, dtype=first.dtype)
-        return drawn.view(shape)
+        dtype = first.dtype if first.dtype in _check.KERNEL_DTYPES else torch.float32
+        drawn = count(seed, offset, (T, N, S), stream=stream, device=first.device, dtype=dtype)
+        return drawn.view(shape).to(first.dtype)
     draw = torch.randn if normal else torch.rand
     return draw(shape, dtype=first.dtype, device=first.device)
 

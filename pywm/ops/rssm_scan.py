@@ -80,7 +80,8 @@ class Scan(NamedTuple):
         """Of a configuration and the mask of :func:`flat`."""
         kinds = CELLS.index(c.cell), NORMS.index(c.norm), {"none": 0, "silu": 2, "elu": 3, "relu": 4}[c.act]
         flags = int(c.std == "sigmoid2"), present, OPERANDS.index(c.operands)
-        sizes = [*kinds, c.deter, c.hidden, c.stoch, c.classes, c.blocks, *flags]
+        blocks = c.blocks if c.cell == "block_gru" else 1  # the others' widths need not be multiples of it
+        sizes = [*kinds, c.deter, c.hidden, c.stoch, c.classes, blocks, *flags]
         return Scan(sizes, [c.unimix, c.eps, c.cell_eps, c.min_std])
 
     def form(self) -> tuple[Any, ...]:

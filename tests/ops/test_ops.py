@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from pywm.ops import _native
+from pywm.ops import _native, kl_balance
 from pywm.testing.opinfo import OPS
 
 CASES = [(info, variant) for info in OPS for variant in info.variants]
@@ -160,6 +160,18 @@ def test_compiles_without_graph_break(info, variant, device):
     want = forward_and_gradients(info, info.op, sample)
     for a, b in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_numbers_that_change_between_compiled_calls_do_not_break_the_graph():
+    torch.compiler.reset()
+    logits, other = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+
+    def fn(posterior, prior, free_nats):
+        return kl_balance(posterior, prior, free_nats=free_nats).dynamics
+
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    for free_nats in (1.0, 0.9, 0.5):  # the second one makes torch carry it as a symbol
+        torch.testing.assert_close(compiled(logits, other, free_nats), fn(logits, other, free_nats))
 
 
 @cases

@@ -310,6 +310,36 @@ def test_odd_sizes(N, deter, stoch, classes, threads):
     assert_near(got[1], want[1], 1e-11)
 
 
+@pytest.mark.parametrize("cell", ["layernorm_gru", "gru", "gru_block"])
+def test_only_cells_with_blocks_need_a_multiple_of_them(cell):
+    model = make(cell, deter=21, blocks=8)
+    inputs = window(model, 3, 2)
+    got = outputs_and_gradients(model, inputs)
+    imagined = model.imagine(policy_of(model), inputs["state"], 2, seed=1)
+    with _native.disabled():
+        want = outputs_and_gradients(model, inputs)
+        again = model.imagine(policy_of(model), inputs["state"], 2, seed=1)
+    assert_near(got[0], want[0], 1e-12)
+    assert_near(got[1], want[1], 1e-11)
+    assert_near([imagined.deter], [again.deter], 1e-12)
+    with pytest.raises(ValueError, match="RSSMConfig: deter is 21, but a multiple of blocks, 8, was expected"):
+        make("block_gru", deter=21, blocks=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("classes", [5, 0])
+def test_a_seed_serves_models_of_lower_precision(classes, dtype):
+    model = make(classes=classes, dtype=dtype).requires_grad_(False)
+    inputs = window(model, 2, 3, dtype)
+    del inputs["noise"]
+    observed = model.observe(**inputs, seed=3)
+    assert observed.deter.dtype == dtype
+    assert observed.deter.isfinite().all()
+    step = model.step(inputs["state"], inputs["prev_action"][0], inputs["embed"][0], seed=3)
+    imagined = model.imagine(lambda feat: feat[:, :2], inputs["state"], 2, seed=3)
+    assert step.deter.dtype == imagined.deter.dtype == dtype
+
+
 ISA = """
 import sys
 sys.path.insert(0, sys.argv[1])
