@@ -33,6 +33,7 @@ TRAININGS = {
 }
 
 
+@pytest.mark.timeout(1200)  # CI kills many times
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_training_survives_kills_and_ends_the_same(name: str, pywm: Commands, tmp_path: Path) -> None:
     outcome = survive(pywm, TRAININGS[name].split(), tmp_path, kills=KILLS)
