@@ -433,7 +433,12 @@ def test_a_killed_run_goes_on_exactly(tmp_path: Path) -> None:
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     process = subprocess.Popen(
         [sys.executable, __file__, str(tmp_path / "parts"), json.dumps(settings)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)},
+        # As many threads as the run that it is compared with has here: sums depend on it.
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        },
     )
     root, deadline = tmp_path / "parts" / "checkpoints", time.monotonic() + 120
     while not (root / "step_00000090").exists() and time.monotonic() < deadline:

@@ -322,7 +322,9 @@ def test_only_cells_with_blocks_need_a_multiple_of_them(cell):
     assert_near(got[0], want[0], 1e-12)
     assert_near(got[1], want[1], 1e-11)
     assert_near([imagined.deter], [again.deter], 1e-12)
-    with pytest.raises(ValueError, match="RSSMConfig: deter is 21, but a multiple of blocks, 8, was expected"):
+    with pytest.raises(
+        ValueError, match="RSSMConfig: deter is 21, but a multiple of blocks, 8, was expected"
+    ):
         make("block_gru", deter=21, blocks=8)
 
 
