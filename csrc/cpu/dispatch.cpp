@@ -23,6 +23,8 @@ const Kernels& table();
 namespace x86_64_v3 {
 const Kernels& table();
 }
+#endif
+#if defined(PYWM_X86_AVX512)
 namespace x86_64_v4 {
 const Kernels& table();
 }
@@ -47,6 +49,8 @@ bool has_v3() {
          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") &&
          __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("x86-64-v3");
 }
+#endif
+#if defined(PYWM_X86_AVX512)
 bool has_v4() {
   return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -59,6 +63,8 @@ const Isa kIsas[] = {
     {"baseline", baseline::table, [] { return true; }},
 #if defined(PYWM_X86_ISAS)
     {"x86_64_v3", x86_64_v3::table, has_v3},
+#endif
+#if defined(PYWM_X86_AVX512)
     {"x86_64_v4", x86_64_v4::table, has_v4},
     {"x86_64_v4_bf16", x86_64_v4_bf16::table, has_v4_bf16},
 #endif
